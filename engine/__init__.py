@@ -1,0 +1,1 @@
+"""An inference engine for GPT-2 family models."""

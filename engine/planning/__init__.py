@@ -1,0 +1,1 @@
+"""The planning floor: which tokens of which sequences run next. Integers only, no torch."""

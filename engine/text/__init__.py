@@ -1,0 +1,1 @@
+"""Text: tokenizers, incremental detokenising, the vocabularies that the package ships as data."""
