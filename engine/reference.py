@@ -177,7 +177,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_shortcut(self.att(self.norm1(x)))
-        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+        out: torch.Tensor = x + self.drop_shortcut(self.ff(self.norm2(x)))
+        return out
 
 
 class GPTModel(nn.Module):

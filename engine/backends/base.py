@@ -10,7 +10,8 @@ A token is drawn by the Gumbel-max trick: ``argmax_v (x_v + g_v)`` over the kept
 every option. That is an exact draw from ``softmax(x)``. The noise of vocabulary id v comes from Philox4x32-10 (Salmon
 et al. 2011) with key = the 64-bit seed (low word, high word) and counter = (v >> 2, position of the drawn token in its
 sequence, sample index, 0); v & 3 chooses one of the four words. A word r becomes, in float32, u = (r + 1/2) / 2**32,
-E = -log(1 - u) (u + u**2/2 + u**3/3 for u < 1e-3), g = -log E. So a token is a function of (logits, options, seed,
+E = -log(max(1 - u, 2**-32)) (u + u**2/2 + u**3/3 for u < 1e-3), g = -log E; the largest words round to u = 1, and the
+maximum keeps g finite there. Ties go to the lowest id. So a token is a function of (logits, options, seed,
 position, sample index) and of nothing else.
 
 The kept tokens

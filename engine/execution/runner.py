@@ -1,0 +1,70 @@
+"""Runs a plan on a backend: builds its batch, submits it, and turns the output into a result."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.backends.base import Backend, StepOutput
+from engine.execution.batch_builder import BatchBuilder
+from engine.messages import Drawn, StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step that was submitted and not yet collected."""
+
+    plan: StepPlan
+    handle: Any
+
+
+class Runner:
+    """Executes plans, one at a time.
+
+    Args:
+        backend: with its KV cache allocated.
+        builder: makes the batches.
+    """
+
+    def __init__(self, backend: Backend, builder: BatchBuilder) -> None:
+        self._backend = backend
+        self._builder = builder
+
+    def submit(self, plan: StepPlan) -> Pending:
+        """Start a step."""
+        return Pending(plan, self._backend.submit(self._builder.build(plan)))
+
+    def collect(self, pending: Pending) -> StepResult:
+        """Wait for a step and return what it drew."""
+        return _result(pending.plan, self._backend.collect(pending.handle))
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run a step to its end."""
+        return self.collect(self.submit(plan))
+
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """Run a step that draws nothing; return the logits its sequences ask for, ``[sum(num_logits), V]``."""
+        logits = self._backend.collect(self._backend.submit(self._builder.build(plan))).logits
+        assert logits is not None, "the plan asks for no logits"
+        return logits
+
+
+def _result(plan: StepPlan, output: StepOutput) -> StepResult:
+    drawn: list[Drawn | None] = []
+    row = 0
+    for part in plan.sequences:
+        if part.draw is None:
+            drawn.append(None)
+            continue
+        wanted = part.draw.params.logprobs or 0
+        top_ids, top_logprobs = output.top_ids[row, :wanted].tolist(), output.top_logprobs[row, :wanted].tolist()
+        drawn.append(
+            Drawn(
+                token_id=int(output.token_ids[row]),
+                logprob=float(output.logprobs[row]),
+                rank=int(output.ranks[row]),
+                top=tuple(zip(top_ids, top_logprobs, strict=True)),
+            )
+        )
+        row += 1
+    return StepResult(drawn)

@@ -1,0 +1,38 @@
+"""The loop: plan a step, have it run, commit what it gave."""
+
+from collections.abc import Callable
+
+from engine.messages import Event, StepPlan, StepResult
+from engine.planning.scheduler import Scheduler
+from engine.planning.sequence import Sequence
+
+
+class EngineCore:
+    """Runs sequences to their ends, a step at a time.
+
+    Args:
+        scheduler: decides what runs.
+        execute: runs a plan and returns its result (``Runner.execute``).
+    """
+
+    def __init__(self, scheduler: Scheduler, execute: Callable[[StepPlan], StepResult]) -> None:
+        self._scheduler = scheduler
+        self._execute = execute
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return self._scheduler.has_work
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; it may join any later step."""
+        self._scheduler.add(sequence)
+
+    def abort(self, seq_id: int) -> None:
+        """Drop a sequence and free what it held."""
+        self._scheduler.abort(seq_id)
+
+    def step(self) -> list[Event]:
+        """Run one step. Returns the tokens drawn in it, at most one per sequence."""
+        plan = self._scheduler.plan()
+        return self._scheduler.commit(plan, self._execute(plan))

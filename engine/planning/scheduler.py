@@ -1,0 +1,101 @@
+"""Which tokens of which sequences run next.
+
+First come, first served, under a budget of tokens a step: running sequences take their next token, then what is left
+of the budget goes to prompts, in chunks where they do not fit. A sequence is admitted when the KV cache has room for
+the longest it can become, so that nothing that runs is ever stopped for lack of blocks.
+"""
+
+from collections import deque
+
+from engine.config import EngineConfig
+from engine.messages import Event, SequencePlan, StepPlan, StepResult
+from engine.planning.block_manager import BlockManager
+from engine.planning.sequence import Sequence
+
+
+class Scheduler:
+    """Owns the sequences. ``plan`` and ``commit`` alternate.
+
+    Args:
+        config: ``max_num_seqs`` and ``max_num_batched_tokens`` are the limits of a step.
+        blocks: the KV cache's blocks.
+    """
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+        self._config = config
+        self._blocks = blocks
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}  # in order of admission
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            ValueError: the KV cache could never hold it.
+        """
+        needed = self._blocks.blocks_for(sequence.max_positions)
+        if needed > self._blocks.num_blocks:
+            raise ValueError(
+                f"the sequence can reach {sequence.max_positions} tokens, {needed} blocks of the KV cache, which has "
+                f"{self._blocks.num_blocks}: lower max_tokens, or raise kv_cache_memory_bytes"
+            )
+        self._waiting.append(sequence)
+
+    def abort(self, seq_id: int) -> None:
+        """Forget a sequence and free its blocks; one that is not here (any more) is ignored."""
+        if seq_id in self._running:
+            self._blocks.free(self._running.pop(seq_id).block_table)
+        else:
+            self._waiting = deque(sequence for sequence in self._waiting if sequence.seq_id != seq_id)
+
+    def plan(self) -> StepPlan:
+        """The next step; empty only when there is no work."""
+        self._admit()
+        budget = self._config.max_num_batched_tokens
+        parts: list[SequencePlan] = []
+        # A stable sort: sequences with one pending token, which wait on nobody, come first.
+        for sequence in sorted(self._running.values(), key=lambda sequence: sequence.num_pending > 1):
+            count = min(sequence.num_pending, budget)
+            if count == 0:
+                break
+            budget -= count
+            parts.append(
+                SequencePlan(
+                    seq_id=sequence.seq_id,
+                    token_ids=sequence.pending_tokens(count),
+                    start=sequence.num_computed,
+                    block_table=sequence.block_table,
+                    draw=sequence.next_draw() if count == sequence.num_pending else None,
+                )
+            )
+        return StepPlan(parts)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._config.max_num_seqs:
+            needed = self._blocks.blocks_for(self._waiting[0].max_positions)
+            if needed > self._blocks.num_free:
+                return
+            sequence = self._waiting.popleft()
+            sequence.block_table = self._blocks.allocate(needed)
+            self._running[sequence.seq_id] = sequence
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        """Take what a step gave. Sequences aborted since the plan was made are passed over."""
+        events = []
+        for part, drawn in zip(plan.sequences, result.drawn, strict=True):
+            sequence = self._running.get(part.seq_id)
+            if sequence is None:
+                continue
+            sequence.num_computed += len(part.token_ids)
+            if drawn is None:
+                continue
+            finish_reason, stop_reason = sequence.append(drawn.token_id)
+            if finish_reason is not None:
+                self.abort(part.seq_id)
+            events.append(Event(part.seq_id, drawn, finish_reason, stop_reason))
+        return events
