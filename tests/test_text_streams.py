@@ -134,6 +134,23 @@ def test_cost_of_a_token_does_not_grow() -> None:
     assert codec.asked == 200
 
 
+def test_a_foreign_tokenizer_decodes_a_short_window() -> None:
+    class Longest(Foreign):
+        seen = 0
+
+        def decode(self, ids: Sequence[int]) -> str:
+            self.seen = max(self.seen, len(ids))
+            return super().decode(ids)
+
+    foreign = Longest()
+    codec = load_tokenizer(None, 280, None, foreign)
+    assert codec is not None
+    detokenizer = Detokenizer(codec, False)
+    for i in [97] * 100 + [279] * 100:
+        detokenizer.push(i)
+    assert foreign.seen <= 5 + 32
+
+
 # Stop strings
 
 
