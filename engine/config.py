@@ -1,8 +1,7 @@
 """What a model is (``ModelConfig``) and how an engine runs it (``EngineConfig``): every default and every check."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
 
@@ -71,38 +70,37 @@ class ModelConfig:
         return tables + self.n_layers * block + 2 * width
 
 
-def choices(values: Iterable[str], text: str, default: str) -> Any:
-    """A dataclass field with its help text and its accepted values, from which a command line is derived."""
-    return field(default=default, metadata={"help": text, "choices": tuple(values)})
-
-
-def described(default: Any, text: str) -> Any:
-    """A dataclass field with its help text, from which a command line is derived."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How an engine runs a model. The metadata of each field is its help text on a command line.
+    """How an engine runs a model.
+
+    Args:
+        backend: "auto", or a backend that `python -m engine.doctor` lists.
+        dtype: "auto", "float32", "bfloat16", "float16" or "float64", where the backend has it.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps", where the backend has it.
+        threads: CPU threads; None: as many as this process may use.
+        max_model_len: longest sequence in tokens; None: the model's context length.
+        max_num_seqs: sequences that run at the same time.
+        max_num_batched_tokens: tokens that one step may run, over all sequences.
+        block_size: tokens in a block of the KV cache.
+        kv_cache_memory_bytes: bytes for the KV cache; None: what the sequences can need, if there is room for it.
+        context_overflow: at the context length, "stop" with finish_reason "length", or "slide" the window over the
+            last tokens, at the price of a whole prefill for every token.
 
     Raises:
         ValueError: a count is not a positive integer, or an option has a value that it does not accept.
     """
 
-    backend: str = described("auto", "auto, or a backend that `python -m engine.doctor` lists")
-    dtype: str = described("auto", "auto, float32, bfloat16, float16 or float64, where the backend has it")
-    device: str = described("auto", "auto, cpu, cuda, cuda:N or mps, where the backend has it")
-    threads: int | None = described(None, "CPU threads; default: as many as this process may use")
-    max_model_len: int | None = described(None, "longest sequence in tokens; default: the model's context length")
-    max_num_seqs: int = described(64, "sequences that run at the same time")
-    max_num_batched_tokens: int = described(2048, "tokens that one step may run, over all sequences")
-    block_size: int = described(16, "tokens in a block of the KV cache")
-    kv_cache_memory_bytes: int | None = described(None, "bytes for the KV cache; default: what the sequences need")
-    context_overflow: Literal["stop", "slide"] = choices(
-        ("stop", "slide"),
-        "at the context length: stop with finish_reason 'length', or slide the window (a prefill for every token)",
-        "stop",
-    )
+    backend: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    context_overflow: Literal["stop", "slide"] = "stop"
 
     def __post_init__(self) -> None:
         _require_positive(

@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="the unpacked Debian package, or a folder of .txt")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where the run keeps its state")
     parser.add_argument("--out", type=Path, default=Path("engine/data/demo"), help="the folder to write the model to")
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1700, help="optimizer steps (default: %(default)s)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     MultiHeadAttention.forward = attention_for_training  # type: ignore[method-assign]

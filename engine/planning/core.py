@@ -24,6 +24,10 @@ class EngineCore:
         """Whether any sequence is unfinished."""
         return self._scheduler.has_work
 
+    def check(self, sequence: Sequence) -> None:
+        """Raise ValueError for a sequence that could never run."""
+        self._scheduler.check(sequence)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it may join any later step."""
         self._scheduler.add(sequence)
@@ -33,6 +37,8 @@ class EngineCore:
         self._scheduler.abort(seq_id)
 
     def step(self) -> list[Event]:
-        """Run one step. Returns the tokens drawn in it, at most one per sequence."""
+        """Run one step. Returns the tokens drawn in it, at most one per sequence; none when idle."""
         plan = self._scheduler.plan()
+        if not plan.sequences:
+            return []
         return self._scheduler.commit(plan, self._execute(plan))

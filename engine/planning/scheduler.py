@@ -33,10 +33,15 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence.
+        """Queue a sequence. Raises as ``check``."""
+        self.check(sequence)
+        self._waiting.append(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """Refuse a sequence that the KV cache could never hold.
 
         Raises:
-            ValueError: the KV cache could never hold it.
+            ValueError: with the blocks that it can come to need and those that there are.
         """
         needed = self._blocks.blocks_for(sequence.max_positions)
         if needed > self._blocks.num_blocks:
@@ -44,7 +49,6 @@ class Scheduler:
                 f"the sequence can reach {sequence.max_positions} tokens, {needed} blocks of the KV cache, which has "
                 f"{self._blocks.num_blocks}: lower max_tokens, or raise kv_cache_memory_bytes"
             )
-        self._waiting.append(sequence)
 
     def abort(self, seq_id: int) -> None:
         """Forget a sequence and free its blocks; one that is not here (any more) is ignored."""

@@ -1,0 +1,202 @@
+"""The command line of the bench."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import engine
+from engine.bench.check import check_against_reference
+from engine.bench.measure import (
+    BatchResult,
+    LoopResult,
+    measure_batch,
+    measure_engine_loop,
+    measure_loop,
+    read_bandwidth,
+)
+from engine.bench.plot import save_plot
+from engine.bench.presets import PRESETS, random_checkpoint
+from engine.bench.report import print_batches, print_check, print_loops
+from engine.checkpoints.canonical import Checkpoint, to_reference
+from engine.checkpoints.load import load_checkpoint
+from engine.cli import add_model_options, model_options, run
+from engine.llm import DEMO_MODEL, LLM
+from engine.machine import processor_name
+from engine.messages import SamplingParams
+from engine.optimize import optimize
+from engine.reference import GPTModel
+
+COMMAND = "python -m engine.bench"
+EXAMPLES = """examples:
+  python -m engine.bench                                             the demo model
+  python -m engine.bench --model model.pth --config config.json      your own: your loop, the engine, the same tokens
+  python -m engine.bench --preset gpt2 --prompt-len 448 --gen-len 64
+  python -m engine.bench --preset gpt2 --batch 1,8,32 --json result.json --plot result.png
+"""
+SAMPLE_PROMPT = "It is a truth universally acknowledged, that"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="First the check: the engine against GPTModel on this very model. Then its speed, beside the naive "
+        "loop and beside the ceiling that the memory sets. The last line of standard output is JSON.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench = made.add_argument_group("bench")
+    bench.add_argument("--preset", choices=PRESETS, help="a GPT-2 size with random weights, in place of --model")
+    bench.add_argument("--batch", default="1,4,16", help="sequences at once, a list (default: %(default)s)")
+    bench.add_argument("--prompt-len", type=int, default=128, help="tokens in a prompt (default: %(default)s)")
+    bench.add_argument("--gen-len", type=int, default=64, help="tokens to generate (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=3, help="runs that count (default: %(default)s)")
+    bench.add_argument("--quick", action="store_true", help="small sizes: --batch 1,4 --gen-len 16 --repeats 1")
+    bench.add_argument("--no-naive", action="store_true", help="leave the naive loop out: it is slow on a large model")
+    bench.add_argument("--json", type=Path, help="write the JSON document to a file, too")
+    bench.add_argument("--plot", type=Path, help="write a chart (PNG)")
+    add_model_options(made)
+    return made
+
+
+def main() -> None:
+    """Check, measure, print."""
+    args = parser().parse_args()
+    if args.quick:
+        args.batch, args.gen_len, args.repeats = "1,4", min(args.gen_len, 16), 1
+    batches = _sizes(args.batch)
+    if args.preset and args.model:
+        raise ValueError("--preset and --model exclude each other")
+    if args.gen_len < 3 or args.prompt_len < 8 or args.repeats < 1:
+        raise ValueError("--gen-len must be at least 3, --prompt-len at least 8, --repeats at least 1")
+    console = Console(file=sys.stdout, soft_wrap=True)
+    checkpoint = _checkpoint(args)
+    llm = _llm(args, checkpoint, max(batches))
+    if args.prompt_len + args.gen_len > llm.max_model_len:
+        raise ValueError(
+            f"--prompt-len {args.prompt_len} and --gen-len {args.gen_len} exceed the context of {llm.max_model_len}"
+        )
+    if args.preset is None and llm.tokenizer is not None:
+        _show_sample(console, llm)
+    reference = to_reference(checkpoint.config, checkpoint.weights)
+    prompts = _prompts(llm.model_config.vocab_size, max(batches), args.prompt_len)
+    progress = Console(file=sys.stderr)
+    with progress.status("checking the engine against GPTModel"):
+        check = check_against_reference(llm, reference, [p[: 16 + 7 * i] for i, p in enumerate(prompts[:2])], 24)
+    print_check(console, check)
+    if not check.passed:
+        raise SystemExit("the engine disagrees with the reference on this model: no speed is printed")
+    results: dict[str, Any] = {"check": dataclasses.asdict(check)}
+    loops: dict[str, LoopResult] = {}
+    if not args.no_naive:
+        with progress.status("the naive loop, optimize, and the engine"):
+            loops = _loops(llm, reference, prompts[0], args.gen_len)
+        print_loops(console, loops, args.prompt_len, args.gen_len)
+    measured, bandwidth = _measure(progress, llm, prompts, batches, args)
+    name = args.preset or args.model or "the demo model"
+    title = f"{name}, {llm.backend.name} backend, {llm.dtype} on {llm.device}"
+    print_batches(console, measured, bandwidth, f"{title}: prompts of {args.prompt_len}, {args.gen_len} tokens each")
+    results |= {"machine": _machine(), "model": name, "backend": llm.backend.name, "dtype": llm.dtype}
+    results |= {"device": llm.device, "prompt_len": args.prompt_len, "gen_len": args.gen_len}
+    results |= {"loops": {key: dataclasses.asdict(loop) for key, loop in loops.items()}}
+    results |= {"read_bandwidth": bandwidth, "batches": [_numbers(b, bandwidth) for b in measured]}
+    if args.plot:
+        save_plot(args.plot, title, loops, measured, bandwidth)
+        console.print(f"chart written to {args.plot}")
+    document = json.dumps(results)
+    if args.json:
+        args.json.write_text(document + "\n")
+    print(document, flush=True)
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        sizes = []
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"--batch must be positive integers separated by commas, got {text!r}")
+    return sizes
+
+
+def _checkpoint(args: argparse.Namespace) -> Checkpoint:
+    if args.preset:
+        return random_checkpoint(args.preset)
+    return load_checkpoint(args.model or DEMO_MODEL, config=model_options(args)["config"])
+
+
+def _llm(args: argparse.Namespace, checkpoint: Checkpoint, most: int) -> LLM:
+    options = model_options(args) | {"model": checkpoint, "config": None}
+    options["max_num_seqs"] = max(options["max_num_seqs"], most)
+    options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], most)
+    return LLM(**options)
+
+
+def _prompts(vocab_size: int, count: int, length: int) -> list[list[int]]:
+    """Random prompts, the same at every run."""
+    generator = torch.Generator().manual_seed(1)
+    prompts: list[list[int]] = torch.randint(vocab_size, (count, length), generator=generator).tolist()
+    return prompts
+
+
+def _show_sample(console: Console, llm: LLM) -> None:
+    params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=60, seed=1813)
+    console.print(SAMPLE_PROMPT, style="bold", end="")
+    for piece in llm.stream(SAMPLE_PROMPT, params):
+        console.print(piece, end="", markup=False, highlight=False)
+    console.print("\n")
+
+
+def _loops(llm: LLM, reference: GPTModel, prompt: list[int], steps: int) -> dict[str, LoopResult]:
+    naive = measure_loop(reference, prompt, steps)
+    fast = optimize(reference, backend=llm.backend.name, threads=llm.engine_config.threads)
+    return {
+        "the naive loop": naive,
+        "the same loop, engine.optimize(model)": measure_loop(fast, prompt, steps),
+        "LLM.generate": measure_engine_loop(llm, prompt, steps),
+    }
+
+
+def _measure(
+    console: Console, llm: LLM, prompts: list[list[int]], sizes: list[int], args: argparse.Namespace
+) -> tuple[list[BatchResult], float]:
+    """The batch sizes one by one under a progress bar, and the read bandwidth measured before and after them."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(sizes) + 2)
+        bandwidth = read_bandwidth(llm.device)
+        progress.advance(task)
+        results = []
+        for size in sizes:
+            progress.update(task, description=f"batch {size}")
+            results.append(measure_batch(llm, prompts[:size], args.gen_len, args.repeats))
+            progress.advance(task)
+        bandwidth = max(bandwidth, read_bandwidth(llm.device))
+    return results, bandwidth
+
+
+def _numbers(result: BatchResult, bandwidth: float) -> dict[str, Any]:
+    limit = {"ceiling_tokens_per_second": result.ceiling(bandwidth), "mbu": result.mbu(bandwidth)}
+    return {**dataclasses.asdict(result), **limit}
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "engine": engine.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+if __name__ == "__main__":
+    run(COMMAND, main)

@@ -1,0 +1,143 @@
+"""The measurements: the naive loop, the engine at several batch sizes, the machine's read bandwidth."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import ModelConfig
+from engine.llm import LLM
+from engine.messages import SamplingParams
+from engine.reference import generate_greedy
+
+
+@dataclass(frozen=True, slots=True)
+class LoopResult:
+    """Greedy generation after one prompt. ``token_ids`` are the generated ones."""
+
+    tokens_per_second: float
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """The engine on ``batch`` prompts at once. Times in seconds; medians over the repeats.
+
+    Args:
+        prefill_tokens_per_second: prompt tokens, all sequences together.
+        decode_tokens_per_second: generated tokens, all sequences together.
+        ttft: time to the first token of a request, all submitted at once.
+        tpot: time between two tokens of a request, median.
+        tpot_p90: the same, 90th percentile.
+        bytes_per_step: what a decode step cannot help reading; over the read bandwidth, the least time it can take.
+    """
+
+    batch: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    ttft: float
+    tpot: float
+    tpot_p90: float
+    bytes_per_step: int
+
+    def ceiling(self, bandwidth: float) -> float:
+        """Tokens a second that the bytes of a step allow at ``bandwidth`` bytes a second."""
+        return self.batch * bandwidth / self.bytes_per_step
+
+    def mbu(self, bandwidth: float) -> float:
+        """Share of the ceiling that was reached: model bandwidth utilisation."""
+        return self.decode_tokens_per_second / self.ceiling(bandwidth)
+
+
+def measure_loop(model: Callable[[torch.Tensor], torch.Tensor], prompt: Sequence[int], steps: int) -> LoopResult:
+    """The course page's loop, greedy, on any module or function from ids ``[1, T]`` to logits ``[1, T, V]``."""
+    device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
+    context = torch.tensor([list(prompt)], device=device)
+    with torch.no_grad():
+        model(context[:, :8])  # what a first call sets up is not the loop's
+        started = time.perf_counter()
+        ids = generate_greedy(model, context, steps)
+    return LoopResult(steps / (time.perf_counter() - started), tuple(ids[0, len(prompt) :].tolist()))
+
+
+def measure_engine_loop(llm: LLM, prompt: Sequence[int], steps: int) -> LoopResult:
+    """The same generation by ``LLM.generate``."""
+    params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
+    llm.generate([list(prompt[:8])], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+    started = time.perf_counter()
+    output = llm.generate([list(prompt)], params, use_tqdm=False)[0]
+    return LoopResult(steps / (time.perf_counter() - started), output.outputs[0].token_ids)
+
+
+def measure_batch(llm: LLM, prompts: Sequence[Sequence[int]], steps: int, repeats: int) -> BatchResult:
+    """Run all prompts together, ``repeats`` times after a warm-up.
+
+    Args:
+        llm: an idle engine.
+        prompts: token ids, all of one length.
+        steps: tokens to generate for each, at least 3.
+        repeats: the runs that count.
+    """
+    _timed_run(llm, prompts, 3)
+    runs = [_timed_run(llm, prompts, steps) for _ in range(repeats)]
+    last_first = [max(times[0] for times in run) for run in runs]  # all prompts are through
+    spans = [max(times[-1] for times in run) - first for run, first in zip(runs, last_first, strict=True)]
+    gaps = sorted(b - a for run in runs for times in run for a, b in itertools.pairwise(times))
+    return BatchResult(
+        batch=len(prompts),
+        prefill_tokens_per_second=len(prompts) * len(prompts[0]) / statistics.median(last_first),
+        decode_tokens_per_second=len(prompts) * (steps - 1) / statistics.median(spans),
+        ttft=statistics.median(times[0] for run in runs for times in run),
+        tpot=statistics.median(gaps),
+        tpot_p90=gaps[int(0.9 * (len(gaps) - 1))],
+        bytes_per_step=step_bytes(llm.model_config, llm.dtype, len(prompts), len(prompts[0]) + steps // 2),
+    )
+
+
+def _timed_run(llm: LLM, prompts: Sequence[Sequence[int]], steps: int) -> list[list[float]]:
+    """For each prompt the seconds from the common start to each of its tokens."""
+    params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
+    requests = [llm.submit(list(prompt), params) for prompt in prompts]
+    times: list[list[float]] = [[] for _ in prompts]
+    started = time.perf_counter()
+    while not all(request.finished for request in requests):
+        llm.step()
+        now = time.perf_counter() - started
+        for request, seen in zip(requests, times, strict=True):
+            if request.num_output_tokens > len(seen):
+                seen.append(now)
+    return times
+
+
+def step_bytes(model: ModelConfig, dtype: str, batch: int, context: int) -> int:
+    """Bytes that a decode step cannot help reading: every weight but the embeddings' other rows, and K and V."""
+    item = getattr(torch, dtype).itemsize
+    embeddings = (0 if model.tied_head else model.vocab_size) + model.context_length
+    weights = model.num_parameters - embeddings * model.embed_dim
+    return int(item * (weights + batch * context * 2 * model.n_layers * model.embed_dim))
+
+
+def read_bandwidth(device: str, seconds: float = 1.0) -> float:
+    """Bytes a second that PyTorch's threads stream from memory: the best of several readers.
+
+    The buffer, 256 MiB, is larger than any cache that this is likely to meet.
+    """
+    data = torch.ones(1 << 26, device=device)
+    matrix, vector = data.view(-1, 1024), torch.ones(1024, device=device)
+    readers: tuple[Callable[[], torch.Tensor], ...] = (
+        lambda: data.sum(),
+        lambda: torch.dot(data, data),
+        lambda: torch.mv(matrix, vector),
+    )
+    best = 0.0
+    for reader in readers:
+        reader()
+        end = time.perf_counter() + seconds / 3
+        while time.perf_counter() < end:
+            started = time.perf_counter()
+            reader().reshape(-1)[0].item()  # waits for a GPU
+            best = max(best, data.numel() * data.element_size() / (time.perf_counter() - started))
+    return best

@@ -1,0 +1,58 @@
+"""What the bench prints: tables for people, one JSON document for programs."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from engine.bench.check import CheckResult
+from engine.bench.measure import BatchResult, LoopResult
+
+
+def print_check(console: Console, result: CheckResult) -> None:
+    """One line on whether the engine is right."""
+    verdict = "[bold green]agrees[/]" if result.passed else "[bold red]DISAGREES[/]"
+    excused = f", {result.num_excused} within the error" if result.num_excused else ""
+    console.print(
+        f"The engine {verdict} with GPTModel: {result.num_equal}/{result.num_tokens} greedy tokens equal{excused}, "
+        f"largest logit difference {result.error:.1e} (accepted {result.limit:.1e}; {result.rule})"
+    )
+
+
+def print_loops(console: Console, loops: dict[str, LoopResult], prompt_len: int, steps: int) -> None:
+    """The naive loop beside the same tokens from ``optimize`` and from ``LLM``; the first of ``loops`` is naive."""
+    table = Table(title=f"{steps} greedy tokens after a prompt of {prompt_len}, one sequence", title_justify="left")
+    for heading in ("", "tokens/s", "times naive", "same tokens"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    naive = next(iter(loops.values()))
+    for name, loop in loops.items():
+        equal = sum(a == b for a, b in zip(loop.token_ids, naive.token_ids, strict=True))
+        ratio = loop.tokens_per_second / naive.tokens_per_second
+        table.add_row(name, f"{loop.tokens_per_second:.1f}", f"{ratio:.1f}x", f"{equal}/{steps}")
+    console.print(table)
+
+
+def print_batches(console: Console, batches: Sequence[BatchResult], bandwidth: float, title: str) -> None:
+    """The throughput table."""
+    table = Table(title=title, title_justify="left")
+    columns = ("batch", "prefill tok/s", "decode tok/s", "ceiling tok/s", "MBU", "TTFT ms", "TPOT ms", "TPOT p90 ms")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for b in batches:
+        table.add_row(
+            str(b.batch),
+            f"{b.prefill_tokens_per_second:,.0f}",
+            f"[bold]{b.decode_tokens_per_second:,.0f}[/]",
+            f"{b.ceiling(bandwidth):,.0f}",
+            f"{b.mbu(bandwidth):.0%}",
+            f"{b.ttft * 1e3:.1f}",
+            f"{b.tpot * 1e3:.2f}",
+            f"{b.tpot_p90 * 1e3:.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"ceiling: the bytes of a decode step (weights, K and V) at {bandwidth / 1e9:.1f} GB/s, the read bandwidth "
+        "measured in this run; MBU: the share of it reached"
+    )
+    if any(b.mbu(bandwidth) > 1 for b in batches):
+        console.print("MBU above 100%: this model fits in the CPU's cache, so main memory is not its limit")

@@ -1,0 +1,355 @@
+"""``LLM``: text in, text out. It builds the parts, wires them together, and runs requests to their ends."""
+
+import operator
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from tqdm.auto import tqdm
+
+from engine.backends.base import Backend
+from engine.backends.registry import choose
+from engine.checkpoints.canonical import Checkpoint
+from engine.checkpoints.load import load_checkpoint
+from engine.config import ModelConfig
+from engine.execution.batch_builder import BatchBuilder
+from engine.execution.runner import Runner
+from engine.logs import get_logger
+from engine.messages import RequestOutput, SamplingParams, SequencePlan, StepPlan
+from engine.options import engine_config, max_model_len
+from engine.planning.block_manager import BlockManager
+from engine.planning.core import EngineCore
+from engine.planning.scheduler import Scheduler
+from engine.planning.sequence import Sequence as PlannedSequence
+from engine.requests import Request, Sample
+from engine.self_check import check_logits, check_parts, plain_logits, probe_ids
+from engine.text.load import load_tokenizer
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+DEMO_MODEL = Path(__file__).parent / "data" / "demo"
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: a live module, a checkpoint file or folder, a hub name, or a loaded ``Checkpoint``; None is the demo
+            model that the package ships, a small GPT trained on Jane Austen's novels.
+        tokenizer: any object with ``encode`` and ``decode``, a folder or a ``.tiktoken`` file; None: the model's own.
+        config: what the checkpoint does not say (``n_heads`` of a bare state_dict): a mapping or a JSON file.
+        revision: of a hub name.
+        seed: makes the seeds drawn for requests without one reproducible.
+        gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take; nothing on a CPU.
+        options: the fields of ``EngineConfig``, and vLLM's arguments that change nothing here.
+
+    Raises:
+        ValueError: an option's value is not accepted, the checkpoint does not fit, the backend lacks something.
+        TypeError: an argument is not known.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | torch.nn.Module | Checkpoint | None = None,
+        *,
+        tokenizer: object | None = None,
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        seed: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        **options: Any,
+    ) -> None:
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization!r}")
+        self.engine_config = engine_config(options)
+        if isinstance(model, Checkpoint):
+            checkpoint = model
+        else:
+            checkpoint = load_checkpoint(DEMO_MODEL if model is None else model, config=config, revision=revision)
+        self.model_config: ModelConfig = checkpoint.config
+        self.tokenizer = load_tokenizer(
+            checkpoint.folder, checkpoint.config.vocab_size, checkpoint.eos_token_id, tokenizer
+        )
+        self._eos = checkpoint.eos_token_id if self.tokenizer is None else self.tokenizer.eos_token_id
+        self._log = get_logger()
+        self.backend = self._make_backend(checkpoint, gpu_memory_utilization)
+        self.max_model_len = max_model_len(self.engine_config, self.model_config)
+        self._core = self._make_core()
+        self._random = random.Random(seed)  # seeded by the system when seed is None
+        self._next_id = 0
+        self._owners: dict[int, Request] = {}  # of the unfinished sequences, by their number
+        self._said_sliding = False
+        if isinstance(model, torch.nn.Module):
+            self._check_module(model, checkpoint.source)
+
+    def _check_module(self, module: torch.nn.Module, description: str) -> None:
+        """Refuse a live module that computes something else than its structure says."""
+        check_parts(module, self.model_config)
+        ids = probe_ids(self.model_config)[:, : self.max_model_len]
+        wanted = plain_logits(module, ids, self.model_config).to(self.device)
+        got = torch.stack([self.logits(row) for row in ids.tolist()])
+        coarser: torch.dtype = min(getattr(torch, self.dtype), wanted.dtype, key=lambda dtype: dtype.itemsize)
+        difference = check_logits(got, wanted, coarser, description)
+        self._log.info("self-check passed, largest logit difference %.1e", difference)
+
+    def _make_backend(self, checkpoint: Checkpoint, memory_fraction: float) -> Backend:
+        config = self.engine_config
+        choice = choose(config.backend, config.dtype, config.device)
+        for line in (checkpoint.source, *checkpoint.notes):
+            self._log.info(line)
+        self._log.info("backend %s, %s on %s (%s)", choice.backend.name, choice.dtype, choice.device, choice.reason)
+        self.dtype, self.device = choice.dtype, choice.device
+        return choice.backend(
+            checkpoint.config,
+            checkpoint.weights,
+            dtype=choice.dtype,
+            device=choice.device,
+            block_size=config.block_size,
+            threads=config.threads,
+            memory_fraction=memory_fraction if choice.device.startswith("cuda") else 0.9,
+        )
+
+    def _make_core(self) -> EngineCore:
+        config = self.engine_config
+        blocks_each = -(-self.max_model_len // config.block_size)
+        capacity = self.backend.capacity()
+        memory = config.kv_cache_memory_bytes or capacity.free_bytes
+        if memory > capacity.free_bytes:
+            raise ValueError(
+                f"kv_cache_memory_bytes={memory} is more than the {capacity.free_bytes} bytes that are free"
+            )
+        num_blocks = min(config.max_num_seqs * blocks_each, memory // capacity.bytes_per_block)
+        if num_blocks < 1:
+            raise ValueError(
+                f"a KV cache of {memory} bytes has no room for a block of {capacity.bytes_per_block} bytes"
+            )
+        self.backend.allocate(num_blocks)
+        self._log.info(
+            "KV cache of %d blocks of %d tokens (%.0f MB), room for %.1f sequences of %d tokens",
+            num_blocks,
+            config.block_size,
+            num_blocks * capacity.bytes_per_block / 1e6,
+            num_blocks / blocks_each,
+            self.max_model_len,
+        )
+        builder = BatchBuilder(
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            blocks_each,
+            config.block_size,
+            self.model_config.vocab_size,
+        )
+        blocks = BlockManager(num_blocks, config.block_size)
+        self._runner = Runner(self.backend, builder)
+        return EngineCore(Scheduler(config, blocks), self._runner.execute)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or many; outputs are in the order of the prompts.
+
+        Args:
+            prompts: a string, token ids, ``{"prompt": str}``, ``{"prompt_token_ids": ids}``, or a list of these.
+            sampling_params: one for all prompts, or one each; None is ``SamplingParams()``.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            ValueError: a prompt or an option that this model cannot take; nothing is generated then.
+        """
+        listed = _listed(prompts)
+        params = _one_each(sampling_params, len(listed))
+        prepared = [(self._encode(prompt), p) for prompt, p in zip(listed, params, strict=True)]
+        for (_, ids), p in prepared:
+            self._check(ids, p)
+        requests = [self._submit(text, ids, p) for (text, ids), p in prepared]
+        try:
+            with tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=not use_tqdm) as bar:
+                while (done := sum(request.finished for request in requests)) < len(requests):
+                    bar.update(done - bar.n)
+                    self.step()
+                bar.update(len(requests) - bar.n)
+        finally:
+            for request in requests:
+                self.abort(request)  # of what finished nothing is left to abort
+        return [request.output() for request in requests]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the text of one sample as it comes, never half a character, never part of a stop string.
+
+        Closing the iterator ends the request.
+
+        Raises:
+            ValueError: as ``generate``; also when ``n`` is above 1 or the model has no tokenizer.
+        """
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"stream gives one sample, got n={params.n}; use generate")
+        if self.tokenizer is None:
+            raise ValueError(_no_tokenizer(self.model_config.vocab_size))
+        return self._pieces(self.submit(prompt, params))
+
+    def _pieces(self, request: Request) -> Iterator[str]:
+        try:
+            while not request.finished:
+                self.step()
+                if text := request.take_text():
+                    yield text
+        finally:
+            self.abort(request)
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
+        """Queue a request for ``step`` to run. Raises as ``generate``."""
+        params = sampling_params or SamplingParams()
+        text, ids = self._encode(prompt)
+        self._check(ids, params)
+        return self._submit(text, ids, params)
+
+    def step(self) -> None:
+        """Run one step of everything that is queued; each request takes the tokens drawn for it.
+
+        Raises:
+            ValueError: the model gave logits from which no token can be drawn. The requests are still queued.
+        """
+        for event in self._core.step():
+            request = self._owners[event.seq_id]
+            sample = request.samples[event.seq_id]
+            sample.take(event)
+            if sample.finish_reason is not None:
+                self._core.abort(event.seq_id)  # after a stop string, which the planner does not know of
+                del self._owners[event.seq_id]
+
+    def logits(self, prompt: Prompt) -> torch.Tensor:
+        """The logits at every position of a prompt, ``[T, V]``, in float32 or wider, on the backend's device.
+
+        Raises:
+            ValueError: as ``generate``; also while requests are queued, whose place in the KV cache it would take.
+        """
+        _, ids = self._encode(prompt)
+        self._check(ids, SamplingParams(max_tokens=1))
+        if self._core.has_work:
+            raise ValueError("logits needs an idle engine, and requests are queued")
+        if len(ids) > self.max_model_len:
+            raise ValueError(f"the prompt has {len(ids)} tokens and the context {self.max_model_len}")
+        table = range(-(-len(ids) // self.engine_config.block_size))  # nobody holds a block
+        step = self.engine_config.max_num_batched_tokens
+        chunks = [(start, ids[start : start + step]) for start in range(0, len(ids), step)]
+        plans = [StepPlan([SequencePlan(0, part, start, table, num_logits=len(part))]) for start, part in chunks]
+        return torch.cat([self._runner.logits(plan) for plan in plans])
+
+    def abort(self, request: Request) -> None:
+        """End a request and free what it holds; one that is finished is left as it is."""
+        for seq_id in request.samples:
+            if self._owners.pop(seq_id, None) is not None:
+                self._core.abort(seq_id)
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, or None for a model that takes and gives ids only."""
+        return self.tokenizer
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text or None, token ids) of a prompt."""
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise ValueError(f"a prompt has 'prompt' or 'prompt_token_ids', got keys {sorted(prompt)}")
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        else:
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        if ids is not None:
+            try:
+                return text, [operator.index(i) for i in ids]
+            except TypeError:
+                raise ValueError(f"a prompt is a string, token ids, or a dict of one of them, got {ids!r}") from None
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt is a string, token ids, or a dict of one of them, got {text!r}")
+        if self.tokenizer is None:
+            raise ValueError(_no_tokenizer(self.model_config.vocab_size))
+        return text, self.tokenizer.encode(text)
+
+    def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
+        vocab_size = self.model_config.vocab_size
+        if not ids:
+            start = "" if self._eos is None else f"; [{self._eos}], the end-of-text token, begins a new text"
+            raise ValueError(f"the prompt has no tokens, and a model needs at least one{start}")
+        named = {"the prompt": ids, "stop_token_ids": params.stop_token_ids or ()}
+        named |= {"allowed_token_ids": params.allowed_token_ids or (), "logit_bias": tuple(params.logit_bias or ())}
+        for name, values in named.items():
+            bad = [i for i in values if not 0 <= i < vocab_size]
+            if bad:
+                raise ValueError(f"{name} has token id {bad[0]}; this model's ids are 0 to {vocab_size - 1}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop strings need text: {_no_tokenizer(vocab_size)}")
+        if len(ids) > self.max_model_len and self.engine_config.context_overflow == "stop":
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the context {self.max_model_len}: shorten it, or take "
+                'LLM(context_overflow="slide"), which uses the last tokens only'
+            )
+        self._core.check(self._sequence(0, ids, params, seed=0, index=0))
+
+    def _sequence(
+        self, seq_id: int, ids: Sequence[int], params: SamplingParams, seed: int, index: int
+    ) -> PlannedSequence:
+        return PlannedSequence(
+            seq_id=seq_id,
+            token_ids=list(ids),
+            params=params,
+            seed=seed,
+            sample_index=index,
+            context_length=self.max_model_len,
+            eos_token_id=self._eos,
+            slide=self.engine_config.context_overflow == "slide",
+        )
+
+    def _submit(self, text: str | None, ids: Sequence[int], params: SamplingParams) -> Request:
+        """Queue a request that has been checked."""
+        seed = (self._random.getrandbits(64) if params.seed is None else params.seed) % 2**64
+        request = Request(str(self._next_id), text, tuple(ids), seed)
+        for index in range(params.n):
+            seq_id, self._next_id = self._next_id, self._next_id + 1
+            request.samples[seq_id] = Sample(index, params, self.tokenizer)
+            self._owners[seq_id] = request
+            self._core.add(self._sequence(seq_id, ids, params, seed, index))
+        self._say_sliding(len(ids), params)
+        return request
+
+    def _say_sliding(self, num_prompt_tokens: int, params: SamplingParams) -> None:
+        longest = float("inf") if params.max_tokens is None else num_prompt_tokens + params.max_tokens
+        if self.engine_config.context_overflow == "slide" and longest > self.max_model_len and not self._said_sliding:
+            self._said_sliding = True
+            self._log.warning(
+                'context_overflow="slide": past %d tokens every new token is a whole prefill of the last %d',
+                self.max_model_len,
+                self.max_model_len,
+            )
+
+
+def _no_tokenizer(vocab_size: int) -> str:
+    return (
+        f"the model has {vocab_size} tokens and came without a tokenizer, so it takes and gives token ids only: pass "
+        "prompt_token_ids, or LLM(tokenizer=...) with an object that has encode and decode"
+    )
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list. A list of integers is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if isinstance(prompts, Sequence) and prompts and all(isinstance(i, int) for i in prompts):
+        return [cast("Sequence[int]", prompts)]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one each")
+    return params

@@ -1,0 +1,111 @@
+"""The logits that an optimized module has answered, kept so that a longer context computes only what is new."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.config import ModelConfig
+
+MAX_BYTES = 4 << 30  # a context whose logits take more is answered, and computed again at the next call
+FIRST_LENGTH = 64  # positions that a buffer has room for at least
+
+
+class _NoGradient(torch.autograd.Function):
+    """A new tensor that belongs to the graph of ``source``, and through which no backward goes."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=source.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "these logits come from engine.optimize, which generates and has no gradients: "
+            "to train, call the module that was passed to it"
+        )
+
+
+def logits_tensor(
+    rows: int,
+    length: int,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    gradient_source: torch.Tensor | None,
+) -> torch.Tensor:
+    """An uninitialised ``[rows, room, V]`` with room for ``length`` positions, twice as many if ``MAX_BYTES`` allows.
+
+    With a ``gradient_source`` it is part of that tensor's graph, and a backward through it raises.
+    """
+    affordable = MAX_BYTES // (rows * model.vocab_size * dtype.itemsize)
+    room = max(length, min(model.context_length, max(FIRST_LENGTH, 2 * length), affordable))
+    shape = (rows, room, model.vocab_size)
+    if gradient_source is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    with torch.enable_grad():
+        tensor: torch.Tensor = _NoGradient.apply(gradient_source, shape, dtype)  # type: ignore[no-untyped-call]
+    return tensor
+
+
+class LogitsBuffer:
+    """Logits of the first ``length`` positions of one context; what it returned stays valid as it grows.
+
+    A caller's edit in place of a returned view is seen by the version counter that views share: the buffer is then not
+    used again. A buffer is replaced, never overwritten where it was read.
+    """
+
+    def __init__(self, ids: torch.Tensor, tensor: torch.Tensor) -> None:
+        self._ids = ids  # [B, length], on the CPU
+        self._tensor = tensor  # [B, room, V]
+        self._version = tensor._version
+
+    @classmethod
+    def after(
+        cls, old: "LogitsBuffer | None", ids: torch.Tensor, new_tensor: Callable[[int, int], torch.Tensor]
+    ) -> "LogitsBuffer":
+        """The buffer to answer ``ids`` ``[B, T]`` with: ``old`` if it can go on, or a new one with what can be kept.
+
+        Its ``length`` says how many positions it knows. ``new_tensor(B, T)`` makes room, ``[B, at least T, V]``.
+        """
+        known = 0 if old is None else old.common_length(ids)
+        rows, length = ids.shape
+        if old is not None and (known == length or (known == old.length and length <= old._tensor.shape[1])):
+            return old
+        tensor = new_tensor(rows, length)
+        if old is not None and known:
+            tensor[:, :known] = old._tensor[:, :known]
+        return cls(ids[:, :known], tensor)
+
+    @property
+    def length(self) -> int:
+        """Positions that are known."""
+        return self._ids.shape[1]
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it may be kept."""
+        return self._tensor.numel() * self._tensor.element_size() <= MAX_BYTES
+
+    def common_length(self, ids: torch.Tensor) -> int:
+        """How many positions of ``ids`` the buffer knows: 0 after an edit in place or for another number of rows."""
+        if self._tensor._version != self._version or len(ids) != len(self._ids):
+            return 0
+        length = min(self.length, ids.shape[1])
+        same = (self._ids[:, :length] == ids[:, :length]).all(dim=0)  # [length]
+        return length if bool(same.all()) else int(same.int().argmin())
+
+    def write(self, row: int, start: int, logits: torch.Tensor) -> None:
+        """Fill positions ``start`` on of a row with ``logits`` ``[N, V]``."""
+        self._tensor[row, start : start + len(logits)] = logits
+
+    def extend_to(self, ids: torch.Tensor) -> None:
+        """The positions of ``ids`` are filled now."""
+        if ids.shape[1] > self.length:
+            self._ids = ids.clone()
+        self._version = self._tensor._version
+
+    def view(self, length: int) -> torch.Tensor:
+        """The logits of the first ``length`` positions, ``[B, length, V]``."""
+        view = self._tensor[:, :length]
+        return view if torch.is_grad_enabled() else view.detach()  # which shares the version counter too

@@ -1,0 +1,483 @@
+"""The one-line door: the same answers, the module's own manners, every change of weights noticed."""
+
+import copy
+import io
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import ODD_CONFIGS, tiny_module
+from torch import nn
+
+import engine
+from engine.reference import GPTModel, TransformerBlock, generate_greedy, generate_sampled
+
+IDS = torch.tensor([[5, 9, 2, 44, 3]])
+
+
+def fast_and_plain(**changes: object) -> tuple[GPTModel, GPTModel]:
+    model = tiny_module(**changes)
+    return engine.optimize(model), model
+
+
+def same(fast: nn.Module, model: nn.Module, ids: torch.Tensor = IDS) -> bool:
+    with torch.no_grad():
+        return bool((fast(ids) - model(ids)).abs().max() < 1e-4)
+
+
+@pytest.mark.parametrize("key", ODD_CONFIGS)
+def test_logits_and_greedy_tokens(key: str) -> None:
+    torch.manual_seed(1)
+    model = GPTModel(ODD_CONFIGS[key]).eval()
+    fast = engine.optimize(model)
+    ids = torch.randint(model.config["vocab_size"], (2, 7))
+    assert same(fast, model, ids)
+    steps = 20
+    assert torch.equal(generate_greedy(fast, ids, steps), generate_greedy(model, ids, steps))
+
+
+def test_the_pages_own_loop_runs_unchanged() -> None:
+    """Sampled, without no_grad, as the course page has it."""
+    fast, model = fast_and_plain()
+    torch.manual_seed(3)
+    got = generate_sampled(fast, IDS, 30)
+    torch.manual_seed(3)
+    assert torch.equal(got, generate_sampled(model, IDS, 30))
+
+
+def book_generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None):
+    """The shape of the book's loop: crop, last logits, top-k by where, temperature, draw, stop at eos."""
+    for _ in range(max_new_tokens):
+        idx_cond = idx[:, -context_size:]
+        with torch.no_grad():
+            logits = model(idx_cond)
+        logits = logits[:, -1, :]
+        if top_k is not None:
+            top_logits, _ = torch.topk(logits, top_k)
+            logits = torch.where(logits < top_logits[:, -1:], torch.tensor(float("-inf")), logits)
+        if temperature > 0.0:
+            idx_next = torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
+        else:
+            idx_next = torch.argmax(logits, dim=-1, keepdim=True)
+        if idx_next == eos_id:
+            break
+        idx = torch.cat((idx, idx_next), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.4, "top_k": 25}, {"temperature": 0.8, "eos_id": 7}])
+def test_the_books_loop(options: dict[str, float]) -> None:
+    """Past the context length too, where every call is another window."""
+    fast, model = fast_and_plain()
+    torch.manual_seed(4)
+    got = book_generate(fast, IDS, 80, 64, **options)
+    torch.manual_seed(4)
+    assert torch.equal(got, book_generate(model, IDS, 80, 64, **options))
+
+
+def test_the_original_forward_is_not_called_again() -> None:
+    calls = []
+
+    class Counting(GPTModel):
+        def forward(self, in_idx: torch.Tensor) -> torch.Tensor:
+            calls.append(in_idx.shape)
+            return super().forward(in_idx)
+
+    torch.manual_seed(0)
+    fast = engine.optimize(Counting(ODD_CONFIGS["plain"]).eval())
+    assert len(calls) == 1  # the self-check
+    generate_greedy(fast, IDS, 20)
+    assert len(calls) == 1
+
+
+def test_it_is_the_module() -> None:
+    fast, model = fast_and_plain()
+    assert isinstance(fast, GPTModel)
+    assert fast.tok_emb is model.tok_emb
+    assert dict(fast.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert fast.eval() is fast
+    assert fast.train() is fast
+    assert model.training
+    assert fast.to("cpu") is fast
+    fast.note = "shared"
+    assert model.note == "shared"
+    assert set(fast.state_dict()) == set(model.state_dict())
+
+
+def test_an_inherited_generate_runs_on_it() -> None:
+    class WithGenerate(GPTModel):
+        def generate(self, ids: torch.Tensor, steps: int) -> torch.Tensor:
+            seen.append(type(self).__name__)
+            return generate_greedy(self, ids, steps)
+
+    seen: list[str] = []
+    torch.manual_seed(0)
+    model = WithGenerate(ODD_CONFIGS["plain"]).eval()
+    fast = engine.optimize(model)
+    assert torch.equal(fast.generate(IDS, 5), model.generate(IDS, 5))
+    assert seen == ["OptimizedWithGenerate", "WithGenerate"]
+
+
+def test_copies_and_pickles_are_plain() -> None:
+    fast, model = fast_and_plain()
+    for plain in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.copy(fast)):
+        assert type(plain) is GPTModel
+        assert torch.equal(plain(IDS), model(IDS))
+    buffer = io.BytesIO()
+    torch.save(fast.state_dict(), buffer)
+
+
+def test_optimizing_twice_is_refused() -> None:
+    fast, _ = fast_and_plain()
+    with pytest.raises(ValueError, match=r"was made by engine\.optimize already"):
+        engine.optimize(fast)
+
+
+def test_forward_hooks_of_the_module_run() -> None:
+    fast, model = fast_and_plain()
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    fast(IDS)
+    assert seen == [torch.Size([1, 5, 97])]
+
+
+# --- arguments and modes ---------------------------------------------------------------------------------------------
+
+
+def test_arguments() -> None:
+    fast, model = fast_and_plain()
+    assert torch.allclose(fast(in_idx=IDS), model(IDS), atol=1e-4)
+    with pytest.raises(TypeError, match="takes 'in_idx' only, got targets"):
+        fast(IDS, targets=IDS)
+    with pytest.raises(TypeError, match="one argument"):
+        fast(IDS, IDS)
+    with pytest.raises(TypeError, match="must be a tensor of token ids, got list"):
+        fast([[1, 2]])
+    with pytest.raises(ValueError, match=r"integer ids \[B, T\], not empty, got torch.float32"):
+        fast(IDS.float())
+    with pytest.raises(ValueError, match="not empty"):
+        fast(IDS[:, :0])
+    with pytest.raises(ValueError, match="65 tokens and the model's context is 64"):
+        fast(torch.zeros(1, 65, dtype=torch.int64))
+    with pytest.raises(ValueError, match="token id 97; this model's ids are 0 to 96"):
+        fast(torch.tensor([[1, 97]]))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        engine.optimize(model, fusion=True)
+    with pytest.raises(ValueError, match="unknown backend 'tpu'"):
+        engine.optimize(model, backend="tpu")
+
+
+def test_training_mode() -> None:
+    fast, model = fast_and_plain(drop_rate=0.1)
+    fast.train()
+    with pytest.raises(ValueError, match=r"training mode and drop_emb has dropout 0\.1"):
+        fast(IDS)
+    assert fast.eval()(IDS).shape == (1, 5, 97)
+    still, _ = fast_and_plain(drop_rate=0.0)
+    assert still.train()(IDS).shape == (1, 5, 97)
+    assert model.training is False
+
+
+def test_optimizing_in_training_mode_leaves_the_modes_alone() -> None:
+    model = tiny_module(drop_rate=0.1).train()
+    model.trf_blocks[0].eval()
+    engine.optimize(model)
+    assert model.training
+    assert not model.trf_blocks[0].training
+    assert model.trf_blocks[1].training
+
+
+def test_a_backward_says_why_it_cannot() -> None:
+    fast, _ = fast_and_plain()
+    logits = fast(IDS)
+    loss = F.cross_entropy(logits[0], IDS[0])
+    with pytest.raises(RuntimeError, match=r"engine\.optimize.*no gradients"):
+        loss.backward()
+    with torch.no_grad():
+        assert not fast(IDS).requires_grad
+    with torch.inference_mode():
+        fast(IDS[:, :3])
+        longer = torch.cat([IDS, IDS], dim=1)
+        assert same(fast, _, longer)
+
+
+def test_autocast_is_off_inside() -> None:
+    fast, model = fast_and_plain()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fast(IDS)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got, model(IDS), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_modules_dtype_is_kept(dtype: torch.dtype) -> None:
+    model = tiny_module().to(dtype)
+    fast = engine.optimize(model)
+    got = fast(IDS)
+    assert got.dtype == dtype
+    tolerance = {torch.float64: 1e-9, torch.bfloat16: 0.3, torch.float16: 0.03}[dtype]
+    assert (got - model(IDS)).abs().max() < tolerance
+
+
+def test_a_move_to_another_dtype_is_followed() -> None:
+    fast, model = fast_and_plain()
+    fast(IDS)
+    assert fast.double() is fast
+    assert fast(IDS).dtype == torch.float64
+    assert (fast(IDS) - model(IDS)).abs().max() < 1e-9
+
+
+# --- the buffer of logits --------------------------------------------------------------------------------------------
+
+
+def computed_tokens(fast: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which every later call appends how many tokens it ran."""
+    counts: list[int] = []
+    backend = type(fast)._accelerator._backend
+    submit = backend.submit
+
+    def counting(batch):  # type: ignore[no-untyped-def]
+        counts.append(len(batch.token_ids))
+        return submit(batch)
+
+    monkeypatch.setattr(backend, "submit", counting)
+    return counts
+
+
+def test_only_new_tokens_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, model = fast_and_plain()
+    counts = computed_tokens(fast, monkeypatch)
+    generate_greedy(fast, IDS, 10)
+    assert counts == [5, *[1] * 9]
+    counts.clear()
+    other = torch.cat([IDS, torch.tensor([[1, 2, 3]])], dim=1)
+    assert same(fast, model, other)
+    assert sum(counts) == 3  # the prompt of five was known
+    counts.clear()
+    assert same(fast, model, IDS[:, :2])
+    assert counts == []
+    assert same(fast, model, IDS.expand(3, -1))
+    assert sum(counts) == 15
+
+
+def test_logits_given_before_stay_as_they_were() -> None:
+    fast, _ = fast_and_plain()
+    first = fast(IDS)
+    kept = first.clone()
+    fast(torch.cat([IDS, IDS], dim=1))
+    fast(IDS + 1)
+    generate_greedy(fast, IDS + 2, 40)
+    assert torch.equal(first, kept)
+
+
+def test_an_edit_in_place_is_noticed() -> None:
+    """Loops that write -inf into the logits they got must not find it there again."""
+    fast, model = fast_and_plain()
+    logits = fast(IDS)
+    logits[:, -1, :] = float("-inf")
+    assert same(fast, model)
+    assert same(fast, model, torch.cat([IDS, IDS], dim=1))
+    with torch.no_grad():
+        fast(IDS).mul_(2)
+    assert same(fast, model)
+    with torch.inference_mode():
+        fast(IDS).zero_()
+    assert same(fast, model)
+
+
+def test_a_context_too_large_for_the_buffer_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.logits_buffer.MAX_BYTES", 97 * 4 * 7)
+    fast, model = fast_and_plain()
+    assert torch.equal(generate_greedy(fast, IDS, 12), generate_greedy(model, IDS, 12))
+
+
+def test_long_prefill_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["engine.optimize"], "STEP_TOKENS", 11)
+    fast, model = fast_and_plain()
+    assert same(fast, model, torch.randint(97, (3, 40)))
+
+
+def test_rows_are_refused_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = fast_and_plain()
+    accelerator = type(fast)._accelerator
+    capacity = accelerator._backend.capacity()
+    small = type(capacity)(capacity.weight_bytes, capacity.bytes_per_block, 5 * capacity.bytes_per_block)
+    monkeypatch.setattr(accelerator._backend, "capacity", lambda: small)
+    with pytest.raises(ValueError, match="take fewer rows"):
+        fast(IDS.expand(8, -1))
+
+
+def test_two_threads() -> None:
+    fast, model = fast_and_plain()
+    errors = []
+
+    def work(seed: int) -> None:
+        ids = torch.randint(97, (1, 6), generator=torch.Generator().manual_seed(seed))
+        if not torch.equal(generate_greedy(fast, ids, 15), generate_greedy(model, ids, 15)):
+            errors.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+# --- new weights -----------------------------------------------------------------------------------------------------
+
+
+def adamw(**options: object):  # type: ignore[no-untyped-def]
+    def step(model: GPTModel) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, **options)  # type: ignore[arg-type]
+        F.cross_entropy(model(IDS)[0], IDS[0]).backward()
+        optimizer.step()
+
+    return step
+
+
+def load_other(model: GPTModel) -> None:
+    model.load_state_dict(tiny_module(seed=8).state_dict())
+
+
+def edit_data(model: GPTModel) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.05)
+
+
+def ema_through_data(model: GPTModel) -> None:
+    other = tiny_module(seed=9)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data.lerp_(theirs.data, 0.1)
+
+
+def replace_parameter(model: GPTModel) -> None:
+    model.out_head.weight = nn.Parameter(torch.randn_like(model.out_head.weight))
+
+
+def replace_data(model: GPTModel) -> None:
+    model.trf_blocks[1].ff.layers[0].weight.data = torch.randn_like(model.trf_blocks[1].ff.layers[0].weight) * 0.2
+
+
+def replace_submodule(model: GPTModel) -> None:
+    model.trf_blocks[0] = TransformerBlock(model.config).eval()
+
+
+def through_numpy(model: GPTModel) -> None:
+    model.final_norm.scale.detach().numpy()[:] += 0.5
+
+
+CHANGES = {
+    "adamw": adamw(foreach=False),
+    "adamw_foreach": adamw(foreach=True),
+    "adamw_fused": adamw(fused=True),
+    "load_state_dict": load_other,
+    "data": edit_data,
+    "ema": ema_through_data,
+    "new_parameter": replace_parameter,
+    "new_data": replace_data,
+    "new_submodule": replace_submodule,
+    "numpy": through_numpy,
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_new_weights_are_seen(key: str) -> None:
+    fast, model = fast_and_plain()
+    before = fast(IDS).detach().clone()
+    CHANGES[key](model)
+    assert same(fast, model)
+    assert not torch.allclose(fast(IDS), before, atol=1e-3)
+    assert torch.equal(generate_greedy(fast, IDS, 10), generate_greedy(model, IDS, 10))
+
+
+def test_refresh_after_an_edit_that_nothing_sees() -> None:
+    fast, model = fast_and_plain()
+    fast(IDS)
+    model.tok_emb.weight.data[5, 7] += 3.0  # one element, through .data
+    fast.refresh()
+    assert same(fast, model)
+
+
+def test_another_models_optimizer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = fast_and_plain()
+    fast(IDS)
+    counts = computed_tokens(fast, monkeypatch)
+    adamw(foreach=False)(tiny_module(seed=5))
+    fast(IDS)
+    assert counts == []
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def with_part(path: str, forward) -> GPTModel:  # type: ignore[no-untyped-def]
+    """A freshly initialised model, where such differences are small, one part of which computes something else."""
+    torch.manual_seed(0)
+    model = GPTModel(ODD_CONFIGS["plain"]).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+    part = model.get_submodule(path)
+    part.__class__ = type("Odd" + type(part).__name__, (type(part),), {"forward": forward})
+    return model
+
+
+def erf_feed_forward(self, x):  # type: ignore[no-untyped-def]
+    return self.layers[2](F.gelu(self.layers[0](x)))
+
+
+def other_scale(self, x):  # type: ignore[no-untyped-def]
+    old, self.scale = self.scale, 1.05 * self.head_dim**-0.5
+    try:
+        return type(self).__mro__[1].forward(self, x)
+    finally:
+        self.scale = old
+
+
+def unbiased_norm(self, x):  # type: ignore[no-untyped-def]
+    return self.scale * (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + self.eps) + self.shift
+
+
+def parallel_block(self, x):  # type: ignore[no-untyped-def]
+    return x + self.att(self.norm1(x)) + self.ff(self.norm2(x))
+
+
+@pytest.mark.parametrize(
+    ("path", "forward", "message"),
+    [
+        ("trf_blocks.1.ff", erf_feed_forward, r"OddFeedForward at trf_blocks\.1\.ff does not compute"),
+        ("trf_blocks.0.att", other_scale, r"OddMultiHeadAttention at trf_blocks\.0\.att does not compute"),
+        ("trf_blocks.1.norm2", unbiased_norm, r"OddLayerNorm at trf_blocks\.1\.norm2 does not compute"),
+    ],
+)
+def test_a_part_that_is_not_what_it_seems_is_refused(path: str, forward, message: str) -> None:  # type: ignore[no-untyped-def]
+    model = with_part(path, forward)
+    with pytest.raises(ValueError, match=message):
+        engine.optimize(model)
+    with pytest.raises(ValueError, match=message):
+        engine.LLM(model)
+
+
+def test_another_wiring_is_refused() -> None:
+    model = tiny_module()
+    model.trf_blocks[0].__class__ = type("ParallelBlock", (TransformerBlock,), {"forward": parallel_block})
+    with pytest.raises(ValueError, match=r"differ by .* on a probe"):
+        engine.optimize(model)
+
+
+def test_a_forward_that_returns_something_else_is_refused() -> None:
+    class WithLoss(GPTModel):
+        def forward(self, in_idx: torch.Tensor):  # type: ignore[no-untyped-def,override]
+            return super().forward(in_idx), None
+
+    with pytest.raises(ValueError, match="forward returns tuple"):
+        engine.optimize(WithLoss(ODD_CONFIGS["plain"]))
+
+
+def test_other_modules_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="Linear"):
+        engine.optimize(nn.Linear(3, 3))
