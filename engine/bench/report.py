@@ -35,7 +35,7 @@ def print_loops(console: Console, loops: dict[str, LoopResult], prompt_len: int,
 def print_batches(console: Console, batches: Sequence[BatchResult], bandwidth: float, title: str) -> None:
     """The throughput table."""
     table = Table(title=title, title_justify="left")
-    columns = ("batch", "prefill tok/s", "decode tok/s", "ceiling tok/s", "MBU", "TTFT ms", "TPOT ms", "TPOT p90 ms")
+    columns = ("batch", "prefill", "decode", "ceiling", "MBU", "TTFT", "TPOT", "TPOT p90")
     for heading in columns:
         table.add_column(heading, justify="right")
     for b in batches:
@@ -51,8 +51,9 @@ def print_batches(console: Console, batches: Sequence[BatchResult], bandwidth: f
         )
     console.print(table)
     console.print(
-        f"ceiling: the bytes of a decode step (weights, K and V) at {bandwidth / 1e9:.1f} GB/s, the read bandwidth "
-        "measured in this run; MBU: the share of it reached"
+        "prefill, decode, ceiling in tokens/s over all sequences; TTFT and TPOT in ms. The ceiling is what the bytes of "
+        f"a decode step (weights, K and V) allow at {bandwidth / 1e9:.1f} GB/s, the read bandwidth measured in this run; "
+        "MBU is the share of it reached."
     )
     if any(b.mbu(bandwidth) > 1 for b in batches):
         console.print("MBU above 100%: this model fits in the CPU's cache, so main memory is not its limit")

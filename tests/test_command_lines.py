@@ -1,0 +1,145 @@
+"""The command lines as a person runs them: output, help, errors that say what to type, the bench's JSON."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import ODD_CONFIGS, tiny_module
+
+from engine.bench.check import check_against_reference
+from engine.bench.measure import step_bytes
+from engine.bench.presets import PRESETS, preset_config
+from engine.checkpoints.canonical import to_reference
+from engine.checkpoints.live import canonical_weights, recognise
+from engine.cli import documented
+from engine.config import EngineConfig
+from engine.llm import LLM
+from engine.messages import SamplingParams
+
+
+def run(*arguments: str, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``python -m engine.X ...`` with this checkout on the path, wherever it runs."""
+    root = str(Path(__file__).parent.parent)
+    code = f"import runpy, sys; sys.path.insert(0, {root!r}); sys.argv[0] = sys.argv[1]; del sys.argv[1]; "
+    command = [sys.executable, "-c", code + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"]
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, input=stdin, cwd=cwd, timeout=240, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bare state_dict of a tiny model, and its config beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.save(tiny_module().state_dict(), folder / "model.pth")
+    (folder / "gpt.json").write_text(json.dumps(ODD_CONFIGS["plain"]))
+    return folder
+
+
+@pytest.mark.slow
+def test_generate_streams_the_demo_model(tmp_path: Path) -> None:
+    done = run("engine.generate", "It is a truth", "--max-tokens", "12", "--seed", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("It is a truth")
+    assert "+ 12 tokens" in done.stderr
+    assert "seed 3" in done.stderr
+    again = run("engine.generate", "-", "--max-tokens", "12", "--seed", "3", stdin="It is a truth")
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_errors_name_the_line_to_type(checkpoint: Path) -> None:
+    model = str(checkpoint / "model.pth")
+    for arguments, message, line in (
+        (["engine.generate", "x", "--model", model], "n_heads", "--config"),
+        (["engine.generate", "x", "--model", model, "--config", '{"n_heads": 2}'], "tokenizer", "--tokenizer gpt2"),
+        (["engine.generate", "word " * 600], "and the context 512", "--context-overflow slide"),
+        (["engine.generate", "x", "--backend", "tpu"], "unknown backend 'tpu'", "engine.doctor"),
+        (["engine.generate", "x", "--top-p", "7"], "top_p must be in", "--help"),
+        (["engine.bench", "--batch", "two"], "--batch must be positive integers", "--help"),
+        (["engine.bench", "--prompt-len", "500"], "exceed the context of 512", "--help"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, arguments
+        assert message in done.stderr
+        assert line in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_help_teaches() -> None:
+    for module in ("engine.generate", "engine.bench", "engine.doctor"):
+        done = run(module, "--help")
+        assert done.returncode == 0
+        assert f"usage: python -m {module}" in done.stdout
+    assert "examples:" in run("engine.bench", "--help").stdout
+
+
+def test_doctor() -> None:
+    done = run("engine.doctor")
+    assert done.returncode == 0, done.stderr
+    for word in ("processor", "torch", "backend torch", "auto takes torch, float32 on"):
+        assert word in done.stdout
+
+
+@pytest.mark.slow
+def test_bench_on_a_users_model(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(checkpoint / "model.pth"), "--config", str(checkpoint / "gpt.json")]
+    sizes = ["--prompt-len", "16", "--gen-len", "8", "--batch", "1,2", "--repeats", "1"]
+    files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    done = run("engine.bench", *arguments, *sizes, *files)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document == json.loads((tmp_path / "out.json").read_text())
+    assert document["check"]["num_equal"] == document["check"]["num_tokens"] == 48
+    assert [batch["batch"] for batch in document["batches"]] == [1, 2]
+    assert all(batch["mbu"] > 0 for batch in document["batches"])
+    naive, fast, engine = document["loops"].values()
+    assert naive["token_ids"] == fast["token_ids"] == engine["token_ids"]
+    assert "8/8" in done.stdout
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_check_catches_a_wrong_engine() -> None:
+    """The bench refuses to print speed when a weight of the reference is another."""
+    module = tiny_module()
+    llm = LLM(module)
+    found = recognise(module)
+    weights = canonical_weights(found)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    assert check_against_reference(llm, to_reference(found.config, weights), prompts, 10).passed
+    weights["blocks.1.fc.bias"] = weights["blocks.1.fc.bias"] + 0.01
+    wrong = check_against_reference(llm, to_reference(found.config, weights), prompts, 10)
+    assert not wrong.passed
+    assert wrong.error > wrong.limit
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_check_in_low_precision(dtype: str) -> None:
+    module = tiny_module()
+    found = recognise(module)
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in canonical_weights(found).items()}
+    llm = LLM(tiny_module(), dtype=dtype)
+    result = check_against_reference(llm, to_reference(found.config, weights), [[1, 2, 3], [4, 5, 6, 7]], 10)
+    assert result.passed
+    assert result.num_equal + result.num_excused == 20
+
+
+def test_bytes_of_a_step() -> None:
+    """GPT-2 small in float32: 124.4M parameters less the position table, and 73.7 kB of K and V a position."""
+    config = preset_config("gpt2")
+    assert config.num_parameters == 124_439_808
+    weights = 4 * (124_439_808 - 1024 * 768)
+    assert step_bytes(config, "float32", 1, 0) == weights
+    assert step_bytes(config, "float32", 2, 100) == weights + 2 * 100 * 12 * 2 * 768 * 4
+    assert [preset_config(name).num_parameters // 10**6 for name in PRESETS] == [124, 354, 774, 1557]
+
+
+def test_every_option_has_a_help_text() -> None:
+    for cls in (EngineConfig, SamplingParams):
+        texts = documented(cls)
+        assert set(texts) == {field.name for field in dataclasses.fields(cls)}
+        assert all(len(text) > 10 for text in texts.values())
