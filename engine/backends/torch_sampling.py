@@ -40,22 +40,23 @@ def keep(x: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
         ordered = x.sort(dim=1, descending=True).values
         kept &= x >= ordered.gather(1, k.long() - 1)  # ties with the k-th stay
     if bool((sampling.top_p < 1).any()):
-        kept &= _top_p(torch.where(kept, x, -torch.inf), top, _column(sampling.top_p, x.device))
+        kept &= _top_p(torch.where(kept, x, -torch.inf), top, sampling.top_p)
     if bool((sampling.min_p > 0).any()):
         kept &= torch.exp(x - top) >= _column(sampling.min_p, x.device)
     return kept
 
 
-def _top_p(x: torch.Tensor, top: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def _top_p(x: torch.Tensor, top: torch.Tensor, top_p: npt.NDArray[np.float32]) -> torch.Tensor:
     """{x >= t} for the largest t at which the integer mass reaches ``top_p`` of the whole."""
     ordered = x.sort(dim=1, descending=True).values
     mass = (torch.exp(ordered - top) * _MASS_UNIT).long()  # floor; [R, V]
     reached = mass.cumsum(dim=1)
-    wanted = (top_p.double() * reached[:, -1:].double()).ceil().long()
+    whole = reached[:, -1].cpu().numpy()  # the product is a float64, which not every device has
+    wanted = _column(np.ceil(top_p.astype(np.float64) * whole).astype(np.int64), x.device)
     # A token is kept when those before it do not reach the mass; tokens equal to the last kept one are kept too.
     last = (reached - mass < wanted).sum(dim=1, keepdim=True) - 1
     threshold = ordered.gather(1, last.clamp_min(0))
-    return (x >= threshold) | (top_p >= 1)
+    return (x >= threshold) | _column(top_p >= 1, x.device)
 
 
 def gumbel_noise(

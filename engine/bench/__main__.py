@@ -24,7 +24,7 @@ from engine.bench.measure import (
 )
 from engine.bench.plot import save_plot
 from engine.bench.presets import PRESETS, random_checkpoint
-from engine.bench.report import print_batches, print_check, print_loops
+from engine.bench.report import print_batches, print_check, print_headline, print_loops
 from engine.checkpoints.canonical import Checkpoint, to_reference
 from engine.checkpoints.load import load_checkpoint
 from engine.cli import add_model_options, model_options, run
@@ -84,21 +84,24 @@ def main() -> None:
         raise ValueError(
             f"--prompt-len {args.prompt_len} and --gen-len {args.gen_len} exceed the context of {llm.max_model_len}"
         )
-    if args.preset is None and llm.tokenizer is not None:
+    if args.preset is None and args.model is None:
         _show_sample(console, llm)
     reference = to_reference(checkpoint.config, checkpoint.weights)
     prompts = _prompts(llm.model_config.vocab_size, max(batches), args.prompt_len)
     progress = Console(file=sys.stderr)
     with progress.status("checking the engine against GPTModel"):
         check = check_against_reference(llm, reference, [p[: 16 + 7 * i] for i, p in enumerate(prompts[:2])], 24)
-    print_check(console, check)
     if not check.passed:
+        print_check(console, check)
         raise SystemExit("the engine disagrees with the reference on this model: no speed is printed")
     results: dict[str, Any] = {"check": dataclasses.asdict(check)}
     loops: dict[str, LoopResult] = {}
     if not args.no_naive:
         with progress.status("the naive loop, optimize, and the engine"):
             loops = _loops(llm, reference, prompts[0], args.gen_len)
+        print_headline(console, loops)
+    print_check(console, check)
+    if loops:
         print_loops(console, loops, args.prompt_len, args.gen_len)
     measured, bandwidth = _measure(progress, llm, prompts, batches, args)
     name = args.preset or args.model or "the demo model"

@@ -19,6 +19,18 @@ def print_check(console: Console, result: CheckResult) -> None:
     )
 
 
+def print_headline(console: Console, loops: dict[str, LoopResult]) -> None:
+    """What a user came for: their loop, the engine, and whether the tokens are the same."""
+    naive, *_, engine = loops.values()
+    equal = sum(a == b for a, b in zip(engine.token_ids, naive.token_ids, strict=True))
+    console.print(
+        f"Your loop: {naive.tokens_per_second:.1f} tokens/s. The engine: [bold]{engine.tokens_per_second:.1f} tokens/s, "
+        f"{engine.tokens_per_second / naive.tokens_per_second:.1f} times that[/], "
+        f"with {equal} of {len(naive.token_ids)} tokens identical.",
+        highlight=False,
+    )
+
+
 def print_loops(console: Console, loops: dict[str, LoopResult], prompt_len: int, steps: int) -> None:
     """The naive loop beside the same tokens from ``optimize`` and from ``LLM``; the first of ``loops`` is naive."""
     table = Table(title=f"{steps} greedy tokens after a prompt of {prompt_len}, one sequence", title_justify="left")
@@ -51,9 +63,9 @@ def print_batches(console: Console, batches: Sequence[BatchResult], bandwidth: f
         )
     console.print(table)
     console.print(
-        "prefill, decode, ceiling in tokens/s over all sequences; TTFT and TPOT in ms. The ceiling is what the bytes of "
-        f"a decode step (weights, K and V) allow at {bandwidth / 1e9:.1f} GB/s, the read bandwidth measured in this run; "
-        "MBU is the share of it reached."
+        "prefill, decode and ceiling in tokens/s over all sequences, TTFT and TPOT in ms. The ceiling is what the bytes "
+        f"of a decode step (weights, K and V) allow at {bandwidth / 1e9:.1f} GB/s, the read bandwidth measured in this "
+        "run; MBU is the share of it reached."
     )
     if any(b.mbu(bandwidth) > 1 for b in batches):
         console.print("MBU above 100%: this model fits in the CPU's cache, so main memory is not its limit")
