@@ -1,11 +1,10 @@
 """``LLM``: text in, text out. It builds the parts, wires them together, and runs requests to their ends."""
 
-import operator
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -24,11 +23,10 @@ from engine.planning.block_manager import BlockManager
 from engine.planning.core import EngineCore
 from engine.planning.scheduler import Scheduler
 from engine.planning.sequence import Sequence as PlannedSequence
+from engine.prompts import Prompt, PromptReader, list_of_prompts, no_tokenizer, one_each
 from engine.requests import Request, Sample
 from engine.self_check import check_logits, check_parts, plain_logits, probe_ids
 from engine.text.load import load_tokenizer
-
-Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 
 DEMO_MODEL = Path(__file__).parent / "data" / "demo"
 
@@ -77,6 +75,10 @@ class LLM:
         self._log = get_logger()
         self.backend = self._make_backend(checkpoint, gpu_memory_utilization)
         self.max_model_len = max_model_len(self.engine_config, self.model_config)
+        slides = self.engine_config.context_overflow == "slide"
+        self._reader = PromptReader(
+            self.tokenizer, self.model_config.vocab_size, self._eos, None if slides else self.max_model_len
+        )
         self._core = self._make_core()
         self._random = random.Random(seed)  # seeded by the system when seed is None
         self._next_id = 0
@@ -162,12 +164,10 @@ class LLM:
         Raises:
             ValueError: a prompt or an option that this model cannot take; nothing is generated then.
         """
-        listed = _listed(prompts)
-        params = _one_each(sampling_params, len(listed))
-        prepared = [(self._encode(prompt), p) for prompt, p in zip(listed, params, strict=True)]
-        for (_, ids), p in prepared:
-            self._check(ids, p)
-        requests = [self._submit(text, ids, p) for (text, ids), p in prepared]
+        listed = list_of_prompts(prompts)
+        params = one_each(sampling_params, len(listed))
+        read = [(*self._read(prompt, p), p) for prompt, p in zip(listed, params, strict=True)]
+        requests = [self._submit(text, ids, p) for text, ids, p in read]
         try:
             with tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=not use_tqdm) as bar:
                 while (done := sum(request.finished for request in requests)) < len(requests):
@@ -191,7 +191,7 @@ class LLM:
         if params.n != 1:
             raise ValueError(f"stream gives one sample, got n={params.n}; use generate")
         if self.tokenizer is None:
-            raise ValueError(_no_tokenizer(self.model_config.vocab_size))
+            raise ValueError(no_tokenizer(self.model_config.vocab_size))
         return self._pieces(self.submit(prompt, params))
 
     def _pieces(self, request: Request) -> Iterator[str]:
@@ -206,9 +206,7 @@ class LLM:
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
         """Queue a request for ``step`` to run. Raises as ``generate``."""
         params = sampling_params or SamplingParams()
-        text, ids = self._encode(prompt)
-        self._check(ids, params)
-        return self._submit(text, ids, params)
+        return self._submit(*self._read(prompt, params), params)
 
     def step(self) -> None:
         """Run one step of everything that is queued; each request takes the tokens drawn for it.
@@ -230,8 +228,7 @@ class LLM:
         Raises:
             ValueError: as ``generate``; also while requests are queued, whose place in the KV cache it would take.
         """
-        _, ids = self._encode(prompt)
-        self._check(ids, SamplingParams(max_tokens=1))
+        _, ids = self._read(prompt, SamplingParams(max_tokens=1))
         if self._core.has_work:
             raise ValueError("logits needs an idle engine, and requests are queued")
         if len(ids) > self.max_model_len:
@@ -252,45 +249,11 @@ class LLM:
         """The tokenizer, or None for a model that takes and gives ids only."""
         return self.tokenizer
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """(text or None, token ids) of a prompt."""
-        if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
-                raise ValueError(f"a prompt has 'prompt' or 'prompt_token_ids', got keys {sorted(prompt)}")
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        else:
-            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        if ids is not None:
-            try:
-                return text, [operator.index(i) for i in ids]
-            except TypeError:
-                raise ValueError(f"a prompt is a string, token ids, or a dict of one of them, got {ids!r}") from None
-        if not isinstance(text, str):
-            raise ValueError(f"a prompt is a string, token ids, or a dict of one of them, got {text!r}")
-        if self.tokenizer is None:
-            raise ValueError(_no_tokenizer(self.model_config.vocab_size))
-        return text, self.tokenizer.encode(text)
-
-    def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
-        vocab_size = self.model_config.vocab_size
-        if not ids:
-            start = "" if self._eos is None else f"; [{self._eos}], the end-of-text token, begins a new text"
-            raise ValueError(f"the prompt has no tokens, and a model needs at least one{start}")
-        named = {"the prompt": ids, "stop_token_ids": params.stop_token_ids or ()}
-        named |= {"allowed_token_ids": params.allowed_token_ids or (), "logit_bias": tuple(params.logit_bias or ())}
-        for name, values in named.items():
-            bad = [i for i in values if not 0 <= i < vocab_size]
-            if bad:
-                raise ValueError(f"{name} has token id {bad[0]}; this model's ids are 0 to {vocab_size - 1}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop strings need text: {_no_tokenizer(vocab_size)}")
-        if len(ids) > self.max_model_len and self.engine_config.context_overflow == "stop":
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and the context {self.max_model_len}: shorten it, or take "
-                'LLM(context_overflow="slide"), which uses the last tokens only'
-            )
+    def _read(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
+        """(text or None, token ids) of a prompt that can run with these options."""
+        text, ids = self._reader.read(prompt, params)
         self._core.check(self._sequence(0, ids, params, seed=0, index=0))
+        return text, ids
 
     def _sequence(
         self, seq_id: int, ids: Sequence[int], params: SamplingParams, seed: int, index: int
@@ -327,29 +290,3 @@ class LLM:
                 self.max_model_len,
                 self.max_model_len,
             )
-
-
-def _no_tokenizer(vocab_size: int) -> str:
-    return (
-        f"the model has {vocab_size} tokens and came without a tokenizer, so it takes and gives token ids only: pass "
-        "prompt_token_ids, or LLM(tokenizer=...) with an object that has encode and decode"
-    )
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as a list. A list of integers is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if isinstance(prompts, Sequence) and prompts and all(isinstance(i, int) for i in prompts):
-        return [cast("Sequence[int]", prompts)]
-    if not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one each")
-    return params

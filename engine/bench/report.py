@@ -24,7 +24,8 @@ def print_headline(console: Console, loops: dict[str, LoopResult]) -> None:
     naive, *_, engine = loops.values()
     equal = sum(a == b for a, b in zip(engine.token_ids, naive.token_ids, strict=True))
     console.print(
-        f"Your loop: {naive.tokens_per_second:.1f} tokens/s. The engine: [bold]{engine.tokens_per_second:.1f} tokens/s, "
+        f"The naive loop: {naive.tokens_per_second:.1f} tokens/s. "
+        f"The engine: [bold]{engine.tokens_per_second:.1f} tokens/s, "
         f"{engine.tokens_per_second / naive.tokens_per_second:.1f} times that[/], "
         f"with {equal} of {len(naive.token_ids)} tokens identical.",
         highlight=False,
@@ -63,9 +64,9 @@ def print_batches(console: Console, batches: Sequence[BatchResult], bandwidth: f
         )
     console.print(table)
     console.print(
-        "prefill, decode and ceiling in tokens/s over all sequences, TTFT and TPOT in ms. The ceiling is what the bytes "
-        f"of a decode step (weights, K and V) allow at {bandwidth / 1e9:.1f} GB/s, the read bandwidth measured in this "
-        "run; MBU is the share of it reached."
+        "prefill, decode and ceiling in tokens/s over all sequences, TTFT and TPOT in ms. The ceiling is what the "
+        f"bytes of a decode step (weights, K and V) allow at {bandwidth / 1e9:.1f} GB/s, the read bandwidth measured "
+        "in this run; MBU is the share of it reached."
     )
     if any(b.mbu(bandwidth) > 1 for b in batches):
         console.print("MBU above 100%: this model fits in the CPU's cache, so main memory is not its limit")
