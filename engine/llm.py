@@ -16,6 +16,7 @@ from engine.checkpoints.load import load_checkpoint
 from engine.config import ModelConfig
 from engine.execution.batch_builder import BatchBuilder
 from engine.execution.runner import Runner
+from engine.live.self_check import check_logits, check_parts, plain_logits, probe_ids
 from engine.logs import get_logger
 from engine.messages import RequestOutput, SamplingParams, SequencePlan, StepPlan
 from engine.options import engine_config, max_model_len
@@ -25,7 +26,6 @@ from engine.planning.scheduler import Scheduler
 from engine.planning.sequence import Sequence as PlannedSequence
 from engine.prompts import Prompt, PromptReader, list_of_prompts, no_tokenizer, one_each
 from engine.requests import Request, Sample
-from engine.self_check import check_logits, check_parts, plain_logits, probe_ids
 from engine.text.load import load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "data" / "demo"

@@ -20,12 +20,12 @@ from engine.backends.registry import choose
 from engine.checkpoints.live import canonical_weights, recognise
 from engine.execution.batch_builder import BatchBuilder
 from engine.execution.runner import Runner
-from engine.live_structure import LiveStructure
-from engine.logits_buffer import LogitsBuffer, logits_tensor
+from engine.live.logits import LogitsBuffer, logits_tensor
+from engine.live.self_check import check_logits, check_parts, plain_logits, probe_ids
+from engine.live.structure import LiveStructure
+from engine.live.weights import WeightWatch
 from engine.logs import get_logger
 from engine.messages import SequencePlan, StepPlan
-from engine.self_check import check_logits, check_parts, plain_logits, probe_ids
-from engine.weight_watch import WeightWatch
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOORS = ("llm", "optimize", "generate", "bench", "doctor", "cli", "options", "prompts", "requests", "__init__")
 SHARED = {"config", "messages"}
-FREE = {"logs", "machine", "reference"}
 
 # Part of engine/ -> what it may import of engine/. A door may import everything but another floor's insides.
 ALLOWED = {
@@ -20,12 +19,10 @@ ALLOWED = {
     "planning": SHARED | {"planning"},
     "execution": SHARED | {"execution", "backends.base"},
     "backends": SHARED | {"backends", "reference", "checkpoints.canonical", "machine"},
-    "checkpoints": SHARED | {"checkpoints", "reference", "logs"},
-    "text": SHARED | {"text", "logs"},
-    "weight_watch": set(),
-    "live_structure": {"checkpoints"},
-    "logits_buffer": SHARED,
-    "self_check": SHARED | {"reference"},
+    "checkpoints": SHARED | {"checkpoints", "reference", "files"},
+    "text": {"text", "files"},
+    "live": SHARED | {"live", "reference", "checkpoints"},
+    "files": set(),
 }
 
 

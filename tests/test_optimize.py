@@ -289,7 +289,7 @@ def test_an_edit_in_place_is_noticed() -> None:
 
 
 def test_a_context_too_large_for_the_buffer_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.logits_buffer.MAX_BYTES", 97 * 4 * 7)
+    monkeypatch.setattr("engine.live.logits.MAX_BYTES", 97 * 4 * 7)
     fast, model = fast_and_plain()
     assert torch.equal(generate_greedy(fast, IDS, 12), generate_greedy(model, IDS, 12))
 

@@ -162,8 +162,8 @@ def _loops(llm: LLM, reference: GPTModel, prompt: list[int], steps: int) -> dict
     naive = measure_loop(reference, prompt, steps)
     fast = optimize(reference, backend=llm.backend.name, threads=llm.engine_config.threads)
     return {
-        "the naive loop": naive,
-        "the same loop, engine.optimize(model)": measure_loop(fast, prompt, steps),
+        "naive loop": naive,
+        "engine.optimize, same loop": measure_loop(fast, prompt, steps),
         "LLM.generate": measure_engine_loop(llm, prompt, steps),
     }
 

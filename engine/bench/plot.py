@@ -19,6 +19,7 @@ def save_plot(
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     except ImportError as error:
         raise ImportError("--plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
@@ -48,6 +49,10 @@ def save_plot(
         )
     right.set_xscale("log", base=2)
     right.set_yscale("log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    right.yaxis.set_minor_formatter(NullFormatter())
+    right.margins(x=0.08, y=0.15)
     right.set_xticks(sizes, [str(size) for size in sizes])
     right.set_xlabel("sequences at once", color=_MUTED)
     right.set_title("decode, tokens/s", fontsize=10, color=_MUTED, loc="left")

@@ -21,7 +21,7 @@ from engine.checkpoints.gpt2_config import (
 from engine.checkpoints.gpt2_names import bare_names, is_mask_buffer, to_canonical
 from engine.checkpoints.pickled import find_tensors, read_pickled
 from engine.checkpoints.safe_tensors import read_safetensors
-from engine.checkpoints.settings import read_json
+from engine.files import read_json_object
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
@@ -35,7 +35,7 @@ def _read_one(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     """The tensors of the shards that ``index`` lists; each file is opened once."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, so it does not say which files hold the weights")
     tensors: dict[str, torch.Tensor] = {}
@@ -91,9 +91,9 @@ def load_folder(folder: Path, config: Mapping[str, Any] | None = None) -> Checkp
     """
     if not (folder / "config.json").is_file():
         raise ValueError(_no_config(folder))
-    fields = merged_config(read_json(folder / "config.json"), config)
+    fields = merged_config(read_json_object(folder / "config.json"), config)
     if fields.get("eos_token_id") is None and (folder / "generation_config.json").is_file():
-        fields["eos_token_id"] = read_json(folder / "generation_config.json").get("eos_token_id")
+        fields["eos_token_id"] = read_json_object(folder / "generation_config.json").get("eos_token_id")
     read_gpt2_config(fields)  # what is not supported is said before gigabytes are opened
     tensors, name = read_weights(folder)
     return from_tensors(folder / name, tensors, fields, ())

@@ -13,7 +13,8 @@ from engine.checkpoints.canonical import Checkpoint, check_canonical
 from engine.checkpoints.gpt2_names import bare_names
 from engine.checkpoints.pickled import find_tensors, read_pickled
 from engine.checkpoints.safe_tensors import read_safetensors
-from engine.checkpoints.settings import as_mapping, ignored_note, read_config, read_json, saved_config
+from engine.checkpoints.settings import as_mapping, ignored_note, read_config, saved_config
+from engine.files import read_json_object
 
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -105,7 +106,7 @@ def _by_names(
         return nanogpt.load_nanogpt(path, tensors, model_args, config or {}, notes)
     found = saved_config(rest)
     if found is None and (path.parent / "config.json").is_file() and not _says_enough(config):
-        found = str(path.parent / "config.json"), read_json(path.parent / "config.json")
+        found = str(path.parent / "config.json"), read_json_object(path.parent / "config.json")
         notes += (f"configuration from {found[0]}",)
     saved = found[1] if found else {}
     notes += ignored_note(rest, found[0] if found else None)

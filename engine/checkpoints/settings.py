@@ -1,29 +1,14 @@
 """Configurations that come with a checkpoint: a mapping, a JSON file, or an inert stub of a config object."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.pickled import Stub
+from engine.files import read_json_object
 
 SAVED_CONFIG_KEYS = ("config", "model_config", "cfg", "model_cfg", "gpt_config", "args", "model_args", "hparams")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        ValueError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
-    return content
 
 
 def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any] | None:
@@ -37,7 +22,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> di
     if isinstance(config, Mapping):
         return dict(config)
     if isinstance(config, str | os.PathLike):
-        return read_json(Path(config))
+        return read_json_object(Path(config))
     raise ValueError(f"config must be a mapping or the path of a JSON file, got a {type(config).__qualname__}")
 
 

@@ -1,6 +1,5 @@
 """Which tokenizer a model has: the one given, the one in its folder, GPT-2's by the size of its vocabulary, or none."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import tiktoken
 
+from engine.files import read_json_object
 from engine.text.byte_pairs import (
     END_OF_TEXT,
     GPT2_SIZE,
@@ -130,21 +130,11 @@ def _from_ranks(path: Path, vocab_size: int, eos_token_id: int | None) -> Tiktok
     return TiktokenCodec(make_encoding(path.stem, ranks, special), vocab_size, eos_token_id, str(path))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
-    return content
-
-
 def _added_tokens(folder: Path) -> dict[str, int]:
     """Tokens that the folder's other files add to the vocabulary."""
     added: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():
-        added |= {str(token): int(i) for token, i in _read_object(folder / "added_tokens.json").items()}
+        added |= {str(token): int(i) for token, i in read_json_object(folder / "added_tokens.json").items()}
     for i, token in (_tokenizer_config(folder).get("added_tokens_decoder") or {}).items():
         added[str(token["content"])] = int(i)
     return added
@@ -152,12 +142,12 @@ def _added_tokens(folder: Path) -> dict[str, int]:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return _read_object(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _from_merges(folder: Path, vocab_size: int, eos_token_id: int | None) -> TextCodec:
     """vocab.json and merges.txt: by tiktoken if that is the same (see ``byte_pairs``), else by ``tokenizers``."""
-    vocab, merges = _read_object(folder / "vocab.json"), read_merges(folder / "merges.txt")
+    vocab, merges = read_json_object(folder / "vocab.json"), read_merges(folder / "merges.txt")
     if not vocab or not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
         raise ValueError(f"{folder / 'vocab.json'} must map tokens to ids")
     added = _added_tokens(folder)

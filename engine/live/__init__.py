@@ -1,0 +1,1 @@
+"""What stands behind ``optimize``: the parts of a live module, its weights as they change, the logits it answered."""
