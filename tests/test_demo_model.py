@@ -17,6 +17,13 @@ from engine.reference import generate_greedy
 from engine.text.load import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+COMMON_WORDS = (
+    "the to of and a her i was in it she that not be you he his had as for with but have is at mr my so all they "
+    "him could were any which no very been on would by from what who me your must an will this there said such "
+    "than much do or if more when one are how only them know little miss mrs never think other well now time am "
+    "good before every might should did about being some after can lady sister their herself into out up has made "
+    "first own man great might two most may our us then over without day"
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +58,7 @@ def test_greedy_text_is_the_references(llm: LLM) -> None:
 
 def test_it_reads_as_english(llm: LLM) -> None:
     """Most of the words that it samples are words of English; letter soup would not pass."""
-    common = set(
-        "the to of and a her i was in it she that not be you he his had as for with but have is at mr my so all they "
-        "him could were any which no very been on would by from what who me your must an will this there said such "
-        "than much do or if more when one are how only them know little miss mrs never think other well now time am "
-        "good before every might should did about being some after can lady sister their herself into out up has made "
-        "first own man great might two most may our us then over without day".split()
-    )
+    common = set(COMMON_WORDS.split())
     params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=200, seed=1)
     text = llm.generate("She had been", params, use_tqdm=False)[0].outputs[0].text
     words = re.findall(r"[a-z]+", text.lower())
