@@ -1,0 +1,95 @@
+#include "isa.hpp"
+
+#include <stdexcept>
+
+#if defined(NATIVE_X86)
+#if defined(_MSC_VER)
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+namespace native {
+namespace {
+
+#if defined(NATIVE_X86)
+
+struct Features {
+  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+};
+
+void cpuid(int leaf, int sub, unsigned out[4]) {
+#if defined(_MSC_VER)
+  int values[4];
+  __cpuidex(values, leaf, sub);
+  for (int i = 0; i < 4; ++i) out[i] = static_cast<unsigned>(values[i]);
+#else
+  __cpuid_count(leaf, sub, out[0], out[1], out[2], out[3]);
+#endif
+}
+
+unsigned long long saved_state() {  // which registers the operating system saves
+#if defined(_MSC_VER)
+  return _xgetbv(0);
+#else
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<unsigned long long>(high) << 32) | low;
+#endif
+}
+
+Features detect() {
+  Features found;
+  unsigned r[4];
+  const auto bit = [&](int reg, int position) { return ((r[reg] >> position) & 1u) != 0; };
+  cpuid(0, 0, r);
+  const unsigned leaves = r[0];
+  cpuid(1, 0, r);
+  const bool osxsave = bit(2, 27), avx = bit(2, 28), fma = bit(2, 12);
+  if (!osxsave || !avx || leaves < 7) return found;
+  const auto saved = saved_state();
+  if ((saved & 0x6) != 0x6) return found;
+  cpuid(7, 0, r);
+  found.avx2 = fma && bit(1, 5);
+  const bool zmm = (saved & 0xe6) == 0xe6;
+  const bool f = bit(1, 16), dq = bit(1, 17), bw = bit(1, 30), vl = bit(1, 31), vnni = bit(2, 11);
+  const unsigned sub_leaves = r[0];
+  found.avx512 = found.avx2 && zmm && f && dq && bw && vl;
+  if (sub_leaves >= 1) {
+    cpuid(7, 1, r);
+    found.avx512_bf16 = found.avx512 && vnni && bit(0, 5);
+  }
+  return found;
+}
+
+#endif
+
+}  // namespace
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> list;
+#if defined(NATIVE_X86)
+    const Features cpu = detect();
+    list.push_back({"avx512_bf16", cpu.avx512_bf16, kernels_avx512_bf16});
+    list.push_back({"avx512", cpu.avx512, kernels_avx512});
+    list.push_back({"avx2", cpu.avx2, kernels_avx2});
+#endif
+    list.push_back({"generic", true, kernels_generic});
+    return list;
+  }();
+  return all;
+}
+
+const Isa& choose_isa(const std::string& name) {
+  std::string usable;
+  for (const Isa& isa : isas()) {
+    if (isa.available && (name.empty() || name == isa.name)) return isa;
+    if (isa.available) usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw std::invalid_argument("the instruction set '" + name + "' is not available here; this CPU and this build have " +
+                              usable);
+}
+
+}  // namespace native

@@ -1,0 +1,123 @@
+// What an instruction set provides: one table of functions, all from kernels.inc. Shapes and layouts are here.
+#pragma once
+
+#include <cstdint>
+
+namespace native {
+
+enum class Storage : int { f32 = 0, bf16 = 1, s8 = 2, s4 = 3 };
+enum class Epilogue : int { store, add, gelu_tanh, gelu, relu, silu };
+
+constexpr int64_t kGroup = 32;  // values of k that share a scale in s4
+
+// k values in one 32-bit lane of a packed matrix.
+inline int64_t k_per_lane(Storage storage) {
+  switch (storage) {
+    case Storage::f32: return 1;
+    case Storage::bf16: return 2;
+    case Storage::s8: return 4;
+    default: return 8;
+  }
+}
+
+// A weight matrix [n, k] packed for streaming. A panel is `panel` consecutive outputs. Within a panel, for every step of
+// k_per_lane values of k there is one 32-bit lane per output: one float, two bf16 (even k in the low half), four s8 (in
+// the order Kernels::s8_order), or eight nibbles (k 0..3 in the low, 4..7 in the high halves of the bytes, value + 8).
+// s4 has, before every kGroup values of k, one float scale per output. Outputs past n and values past k are 0.
+struct Matrix {
+  Storage storage;
+  int64_t n, k;
+  int64_t num_panels;
+  int64_t steps;  // of a panel; for s4 one step is one group
+  int64_t panel_bytes;
+  const uint8_t* data;
+  const float* bias;     // [num_panels * panel], or null
+  const float* scale;    // s8: [num_panels * panel]
+  const int32_t* sums;   // s8: [num_panels * panel], the sum of an output's weights
+};
+
+// Activations in the form that a matrix of some storage multiplies (Kernels::prepare makes it).
+struct Rows {
+  const uint8_t* data;
+  int64_t stride;      // bytes
+  const float* scale;  // one per row, of the quantised forms
+};
+
+struct Output {
+  float* data;
+  int64_t stride;  // floats; at least num_panels * panel
+  Epilogue epilogue;
+};
+
+// One head's causal attention for up to kQueries queries of one sequence over its cached positions.
+// A cached block holds, for each head, K as [head_dim, block_lanes] (lanes are tokens) and V as [block_size, head_lanes].
+struct Attention {
+  const float* q;  // query i is at q + i * q_stride
+  int64_t q_stride;
+  int count;
+  const int32_t* positions;  // [count]; query i sees positions 0..positions[i]
+  const int32_t* table;      // block ids of the sequence
+  const uint8_t* cache;      // this layer's block 0
+  int64_t block_stride;      // bytes
+  int64_t k_offset, v_offset;  // bytes, of this head within a block
+  int64_t block_size, block_lanes, head_dim, head_lanes;
+  bool bf16;
+  float scale;
+  float* out;  // query i's [head_dim] goes to out + i * out_stride
+  int64_t out_stride;
+  int64_t score_stride;  // lanes of as many blocks as the context has, at least
+  float* scratch;        // kQueries * (score_stride + head_lanes) floats
+};
+
+constexpr int kQueries = 4;     // of one attention call
+constexpr int kRowBlock = 512;  // rows that a panel is multiplied with before its results are written
+constexpr int64_t kLanes = 16;  // head_lanes and block_lanes are multiples of it, whatever the instruction set
+
+// Of logits [begin, end): the largest, and the sum of exp(logit - largest). A NaN or +inf makes the sum NaN.
+struct Partial {
+  float largest;
+  float sum;
+};
+
+struct Candidate {
+  float value;
+  int64_t id;
+};
+
+struct Stream {  // of random numbers: the key and the counter's constant words (base.py)
+  uint64_t seed;
+  uint32_t position;
+  uint32_t sample_index;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t panel;    // outputs of a panel
+  int s8_order[4];  // which byte of its lane holds value i of four
+
+  // Bytes of a row of k activations in the form for `storage`, and its making. x has at least round_up(k, 16) floats,
+  // those past k being 0. `plain` storages take the float rows as they are.
+  bool (*plain)(Storage storage);
+  int64_t (*row_bytes)(Storage storage, int64_t k);
+  void (*prepare)(Storage storage, const float* x, int64_t k, uint8_t* row, float* scale);
+
+  // y = epilogue(x W^T + bias) for panels [begin, end). scratch: kRowBlock * panel floats.
+  void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,
+                 float* scratch);
+  // weight and bias have round_up(d, 16) floats; out gets as many, zeros past d.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t d, float eps, float* out);
+  void (*attention)(const Attention& a);
+
+  Partial (*partial_sum)(const float* logits, int64_t begin, int64_t end);
+  int64_t (*first_equal)(const float* x, int64_t begin, int64_t end, float value);
+  int64_t (*count_above)(const float* x, int64_t n, float value);
+  void (*divide)(float* x, int64_t n, float divisor);
+  // floor(exp(x - largest) * 2^30) where x >= threshold, else 0
+  void (*masses)(const float* x, int64_t n, float largest, float threshold, int32_t* out);
+  // -inf where x < threshold or exp(x - largest) < min_p
+  void (*exclude)(float* x, int64_t n, float largest, float threshold, float min_p);
+  // The largest x + Gumbel noise in [begin, end), begin a multiple of 32; the lowest id among equals.
+  Candidate (*gumbel_argmax)(const float* x, int64_t begin, int64_t end, const Stream& stream);
+};
+
+}  // namespace native

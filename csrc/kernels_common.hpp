@@ -1,0 +1,66 @@
+// What every kernels_*.cpp needs before its target region opens: standard headers must not be compiled inside one, or
+// their inline functions could be shared with code that runs on any CPU.
+#pragma once
+
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.hpp"
+
+#if defined(_MSC_VER)
+#define INLINE static __forceinline
+#define NOINLINE static __declspec(noinline)
+#define TARGET_BEGIN(options)
+#define TARGET_END
+#elif defined(__clang__)
+#define INLINE static inline __attribute__((always_inline))
+#define NATIVE_PRAGMA(text) _Pragma(#text)
+#define TARGET_BEGIN(options) \
+  NATIVE_PRAGMA(clang attribute push(__attribute__((target(options))), apply_to = function))
+#define TARGET_END _Pragma("clang attribute pop")
+#else
+#define INLINE static inline __attribute__((always_inline))
+#define NATIVE_PRAGMA(text) _Pragma(#text)
+#define TARGET_BEGIN(options) _Pragma("GCC push_options") NATIVE_PRAGMA(GCC target(options))
+#define TARGET_END _Pragma("GCC pop_options")
+#endif
+
+#if !defined(_MSC_VER)
+#define NOINLINE static __attribute__((noinline))
+#endif
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define UNROLL _Pragma("GCC unroll 32")
+#else
+#define UNROLL
+#endif
+
+namespace native {
+
+inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
+#else
+  (void)p;
+#endif
+}
+
+// One Philox4x32-10 block (Salmon et al. 2011): four words for counter (c0, c1, c2, 0) and a 64-bit key.
+struct PhiloxKeys {
+  uint32_t low[10], high[10];
+  explicit PhiloxKeys(uint64_t seed) {
+    low[0] = static_cast<uint32_t>(seed);
+    high[0] = static_cast<uint32_t>(seed >> 32);
+    for (int i = 1; i < 10; ++i) {
+      low[i] = low[i - 1] + 0x9E3779B9u;
+      high[i] = high[i - 1] + 0xBB67AE85u;
+    }
+  }
+};
+
+}  // namespace native

@@ -1,0 +1,126 @@
+// A GPT-2 family model on the CPU: packed weights, the paged cache, and steps over them.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "buffer.hpp"
+#include "isa.hpp"
+#include "kernels.hpp"
+#include "packing.hpp"
+#include "pool.hpp"
+#include "sampling.hpp"
+
+namespace native {
+
+struct Config {
+  int64_t vocab_size, context_length, embed_dim, n_heads, n_layers, hidden_dim;
+  Epilogue activation;
+  float norm_eps;
+  std::vector<float> attn_scales;  // [n_layers]
+  bool tied_head;
+  Storage storage;  // of the linear layers and the head
+  int64_t block_size;
+  int threads;
+  std::string isa;  // "" is the best that there is
+
+  int64_t head_dim() const { return embed_dim / n_heads; }
+};
+
+// A step's work, as engine/backends/base.py describes it. Pointers are the caller's.
+struct Batch {
+  int64_t num_tokens, num_sequences, table_width, num_logits, num_copies;
+  const int32_t* token_ids;
+  const int32_t* positions;
+  const int64_t* slots;
+  const int32_t* query_starts;
+  const int32_t* context_lens;
+  const int32_t* block_tables;
+  const int32_t* logits_rows;
+  const int32_t* previous_rows;  // or null
+  const int32_t* block_copies;   // or null
+  Sampling sampling;             // num_rows 0: nothing is drawn
+};
+
+// Canonical tensors by name are Tensors; the order is that of `tensor_names`.
+std::vector<std::string> tensor_names(const Config& config);
+
+class Model {
+ public:
+  explicit Model(Config config);
+
+  // All tensors, in the order of tensor_names. Throws std::invalid_argument for a shape that does not fit.
+  void update(const std::vector<Tensor>& tensors);
+
+  void allocate(int64_t num_blocks);
+  int64_t block_bytes() const;   // K and V of one block over all layers
+  int64_t weight_bytes() const;
+  const char* isa() const { return kernels_->name; }
+  int threads() const { return pool_.size(); }
+
+  // Runs a step. `logits` has [num_logits, vocab_size] floats. Throws std::invalid_argument for an index out of range,
+  // before anything is changed. Rows that cannot be drawn from are reported in `draws`.
+  void step(const Batch& batch, float* logits, const Draws& draws);
+
+ private:
+  struct Norm {
+    Buffer weight, bias;
+  };
+  struct Block {
+    Norm norm1, norm2;
+    Packed qkv, proj, fc, fc2;
+  };
+
+  void check(const Batch& batch) const;
+  void reserve(const Batch& batch);
+  void copy_blocks(const Batch& batch);
+  void embed(const Batch& batch, int64_t row);
+  void write_cache(const Batch& batch, int64_t layer, int64_t row);
+  void attend(const Batch& batch, int64_t layer, int64_t unit, int thread);
+  void linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
+              int64_t rows, const Output& y);
+  void prepare_row(const Packed& matrix, const float* x, const Norm* norm, uint8_t* out, float* scale, float* scratch);
+  void run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count);
+  void run_layers(Team& team, int thread, const Batch& batch);
+  void run_head(Team& team, int thread, const Batch& batch, float* logits, const Draws& draws);
+  uint8_t* cache_block(int64_t layer, int64_t block) const;
+
+  const Config config_;
+  const Kernels* kernels_;
+  Pool pool_;
+  std::atomic<long> busy_{0};
+
+  bool loaded_ = false;
+  Table tok_emb_, pos_emb_;  // tok_emb_ only where the head cannot serve
+  std::vector<Block> blocks_;
+  Norm final_norm_;
+  Packed head_;
+
+  int64_t num_blocks_ = 0;
+  int64_t block_lanes_, head_lanes_, key_bytes_, value_bytes_;  // bytes: of one block of one layer, all heads
+  bool cache_bf16_;
+  Buffer cache_;  // [n_layers, num_blocks, keys then values]
+
+  // Work space, grown to the largest step. Strides are in floats and are multiples of the panel.
+  int64_t width_, qkv_width_, hidden_width_, vocab_width_;
+  int64_t max_row_bytes_;
+  Buffer x_, qkv_, attended_, hidden_, prepared_, scales_;
+  Buffer gathered_, head_out_, thread_space_;
+  struct {  // where, in the floats of a thread
+    int64_t matmul, row, prepared, scales, attention, size;
+  } space_{};
+  float* space(int thread) const { return thread_space_.floats() + thread * space_.size; }
+  int64_t score_stride_ = 0;
+  struct Unit {  // attention of one head for a few queries
+    int32_t sequence, first, count;
+  };
+  std::vector<Unit> units_;
+  std::vector<int32_t> wanted_;   // rows of the batch after which tokens are drawn, each once
+  std::vector<int32_t> draw_at_;  // for every draw, its row among them
+  std::vector<int32_t> last_drawn_;
+  Sampler sampler_;
+};
+
+}  // namespace native

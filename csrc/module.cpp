@@ -1,0 +1,209 @@
+// The Python module. Arrays come as NumPy arrays of the exact type; nothing is converted behind the caller's back.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "model.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace native;
+
+// The data of a contiguous array of T with `count` elements (any number if negative).
+template <class T>
+const T* data_of(const py::handle& object, const char* what, int64_t count) {
+  if (!py::isinstance<py::array_t<T, py::array::c_style>>(object)) {
+    throw std::invalid_argument(std::string(what) + " must be a contiguous array of " +
+                                py::str(py::dtype::of<T>()).cast<std::string>());
+  }
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  if (count >= 0 && array.size() != count) {
+    throw std::invalid_argument(std::string(what) + " has " + std::to_string(array.size()) + " elements, expected " +
+                                std::to_string(count));
+  }
+  return static_cast<const T*>(array.data());
+}
+
+int64_t size_of(const py::handle& object) { return py::reinterpret_borrow<py::array>(object).size(); }
+
+SparseRows sparse_rows(const py::handle& object, const char* what, int64_t rows) {
+  if (object.is_none()) return {nullptr, nullptr, nullptr};
+  const auto parts = object.cast<py::tuple>();
+  SparseRows sparse{};
+  sparse.starts = data_of<int32_t>(parts[0], what, rows + 1);
+  const int64_t count = sparse.starts[rows];
+  sparse.ids = data_of<int32_t>(parts[1], what, count);
+  sparse.values = data_of<float>(parts[2], what, count);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (sparse.starts[r] < 0 || sparse.starts[r] > sparse.starts[r + 1]) {
+      throw std::invalid_argument(std::string(what) + ": row starts must not decrease");
+    }
+  }
+  return sparse;
+}
+
+// In the order of the fields of SamplingBatch, draw_rows first.
+Sampling sampling_of(const py::object& object, int64_t vocab_size) {
+  Sampling s{};
+  if (object.is_none()) return s;
+  const auto p = object.cast<py::tuple>();
+  s.num_rows = size_of(p[0]);
+  const int64_t n = s.num_rows;
+  s.draw_rows = data_of<int32_t>(p[0], "draw_rows", n);
+  s.temperature = data_of<float>(p[1], "temperature", n);
+  s.top_k = data_of<int32_t>(p[2], "top_k", n);
+  s.top_p = data_of<float>(p[3], "top_p", n);
+  s.min_p = data_of<float>(p[4], "min_p", n);
+  s.seeds = data_of<uint64_t>(p[5], "seeds", n);
+  s.positions = data_of<uint32_t>(p[6], "positions to draw", n);
+  s.sample_index = data_of<uint32_t>(p[7], "sample_index", n);
+  s.num_logprobs = p[8].cast<int64_t>();
+  s.presence_penalty = data_of<float>(p[9], "presence_penalty", n);
+  s.frequency_penalty = data_of<float>(p[10], "frequency_penalty", n);
+  s.repetition_penalty = data_of<float>(p[11], "repetition_penalty", n);
+  s.output_counts = sparse_rows(p[12], "output_counts", n);
+  s.logit_bias = sparse_rows(p[13], "logit_bias", n);
+  if (!p[14].is_none()) {
+    s.words = (vocab_size + 31) / 32;
+    s.allowed = data_of<uint32_t>(p[14], "allowed", n * s.words);
+  }
+  return s;
+}
+
+class PyModel {
+ public:
+  PyModel(py::dict config, int storage, int64_t block_size, int threads, const std::string& isa)
+      : config_(convert(config, storage, block_size, threads, isa)), model_(config_) {}
+
+  // Each tensor: (address, dtype code, rows, columns, row stride, column stride), strides in elements.
+  void update(const std::vector<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>>& tensors) {
+    std::vector<Tensor> views;
+    for (const auto& [address, dtype, rows, columns, row_stride, column_stride] : tensors) {
+      if (dtype < 0 || dtype > 3) throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is not in 0..3");
+      views.push_back({reinterpret_cast<const void*>(address), static_cast<Dtype>(dtype), rows, columns, row_stride,
+                       column_stride});
+    }
+    py::gil_scoped_release release;
+    model_.update(views);
+  }
+
+  void allocate(int64_t num_blocks) {
+    if (num_blocks < 0) throw std::invalid_argument("num_blocks is " + std::to_string(num_blocks));
+    py::gil_scoped_release release;
+    model_.allocate(num_blocks);
+  }
+
+  // arrays: token_ids, positions, slots, query_starts, context_lens, block_tables [S, B], logits_rows, previous_rows or
+  // None, block_copies or None. Returns (logits or None, token_ids, logprobs, ranks, top_ids, top_logprobs).
+  py::tuple step(const py::tuple& arrays, const py::object& options) {
+    Batch b{};
+    b.num_tokens = size_of(arrays[0]);
+    b.token_ids = data_of<int32_t>(arrays[0], "token_ids", -1);
+    b.positions = data_of<int32_t>(arrays[1], "positions", b.num_tokens);
+    b.slots = data_of<int64_t>(arrays[2], "slots", b.num_tokens);
+    b.num_sequences = size_of(arrays[4]);
+    b.query_starts = data_of<int32_t>(arrays[3], "query_starts", b.num_sequences + 1);
+    b.context_lens = data_of<int32_t>(arrays[4], "context_lens", b.num_sequences);
+    b.table_width = b.num_sequences ? size_of(arrays[5]) / b.num_sequences : 0;
+    b.block_tables = data_of<int32_t>(arrays[5], "block_tables", b.num_sequences * b.table_width);
+    b.num_logits = size_of(arrays[6]);
+    b.logits_rows = data_of<int32_t>(arrays[6], "logits_rows", -1);
+    if (!arrays[7].is_none()) b.previous_rows = data_of<int32_t>(arrays[7], "previous_rows", b.num_tokens);
+    if (!arrays[8].is_none()) {
+      b.num_copies = size_of(arrays[8]) / 2;
+      b.block_copies = data_of<int32_t>(arrays[8], "block_copies", 2 * b.num_copies);
+    }
+    b.sampling = sampling_of(options, config_.vocab_size);
+    const int64_t rows = b.sampling.num_rows;
+    b.sampling.num_logprobs = std::min(std::max<int64_t>(b.sampling.num_logprobs, 0), config_.vocab_size);
+    const int64_t tops = b.sampling.num_logprobs;
+    py::array_t<int32_t> tokens(rows), ranks(rows), top_ids({rows, tops});
+    py::array_t<float> logprobs(rows), top_logprobs({rows, tops});
+    py::object logits = py::none();
+    float* logits_data = nullptr;
+    if (b.num_logits) {
+      py::array_t<float> array({b.num_logits, config_.vocab_size});
+      logits_data = array.mutable_data();
+      logits = array;
+    }
+    const Draws draws{tokens.mutable_data(), logprobs.mutable_data(), ranks.mutable_data(), top_ids.mutable_data(),
+                      top_logprobs.mutable_data()};
+    {
+      py::gil_scoped_release release;
+      model_.step(b, logits_data, draws);
+    }
+    return py::make_tuple(logits, tokens, logprobs, ranks, top_ids, top_logprobs);
+  }
+
+  int64_t block_bytes() const { return model_.block_bytes(); }
+  int64_t weight_bytes() const { return model_.weight_bytes(); }
+  std::string isa() const { return model_.isa(); }
+  int threads() const { return model_.threads(); }
+  std::vector<std::string> names() const { return tensor_names(config_); }
+
+ private:
+  static Config convert(const py::dict& c, int storage, int64_t block_size, int threads, const std::string& isa) {
+    static const std::vector<std::string> activations = {"gelu_tanh", "gelu", "relu", "silu"};
+    static const Epilogue epilogues[] = {Epilogue::gelu_tanh, Epilogue::gelu, Epilogue::relu, Epilogue::silu};
+    const auto name = c["activation"].cast<std::string>();
+    const auto found = std::find(activations.begin(), activations.end(), name);
+    if (found == activations.end()) throw std::invalid_argument("activation '" + name + "' is not known");
+    if (storage < 0 || storage > 2) throw std::invalid_argument("storage code " + std::to_string(storage));
+    const auto size = [&](const char* key) {
+      const auto value = c[key].cast<int64_t>();
+      if (value < 1) throw std::invalid_argument(std::string(key) + " is " + std::to_string(value));
+      return value;
+    };
+    Config config{size("vocab_size"),
+                  size("context_length"),
+                  size("embed_dim"),
+                  size("n_heads"),
+                  size("n_layers"),
+                  size("hidden_dim"),
+                  epilogues[found - activations.begin()],
+                  c["norm_eps"].cast<float>(),
+                  c["attn_scales"].cast<std::vector<float>>(),
+                  c["tied_head"].cast<bool>(),
+                  static_cast<Storage>(storage),
+                  block_size,
+                  threads,
+                  isa};
+    if (block_size < 1) throw std::invalid_argument("block_size is " + std::to_string(block_size));
+    if (config.embed_dim % config.n_heads) throw std::invalid_argument("embed_dim is not a multiple of n_heads");
+    if (static_cast<int64_t>(config.attn_scales.size()) != config.n_layers) {
+      throw std::invalid_argument("attn_scales has not one entry a layer");
+    }
+    return config;
+  }
+
+  Config config_;
+  Model model_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Steps of GPT-2 family models on the CPU (csrc/).";
+  py::class_<PyModel>(m, "Model")
+      .def(py::init<py::dict, int, int64_t, int, const std::string&>(), py::arg("config"), py::arg("storage"),
+           py::arg("block_size"), py::arg("threads"), py::arg("isa"))
+      .def("update", &PyModel::update)
+      .def("allocate", &PyModel::allocate)
+      .def("step", &PyModel::step)
+      .def_property_readonly("block_bytes", &PyModel::block_bytes)
+      .def_property_readonly("weight_bytes", &PyModel::weight_bytes)
+      .def_property_readonly("isa", &PyModel::isa)
+      .def_property_readonly("threads", &PyModel::threads)
+      .def_property_readonly("tensor_names", &PyModel::names);
+  m.def("isas", [] {
+    std::vector<std::pair<std::string, bool>> list;
+    for (const Isa& isa : isas()) list.emplace_back(isa.name, isa.available);
+    return list;
+  }, "(name, whether this CPU has it) of the instruction sets that were compiled, best first.");
+}

@@ -1,0 +1,165 @@
+#include "packing.hpp"
+
+#include <cmath>
+#include <vector>
+
+namespace native {
+namespace {
+
+float half_to_float(uint16_t half) {
+  const int exponent = (half >> 10) & 31, fraction = half & 1023;
+  const float sign = (half & 0x8000) ? -1.0f : 1.0f;
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(static_cast<float>(fraction + 1024), exponent - 25)
+                          : std::ldexp(static_cast<float>(fraction), -24));
+}
+
+template <class T, class Convert>
+void read(const Tensor& tensor, int64_t row, float* out, Convert convert) {
+  const T* data = static_cast<const T*>(tensor.data) + row * tensor.row_stride;
+  if (tensor.column_stride == 1) {
+    for (int64_t i = 0; i < tensor.columns; ++i) out[i] = convert(data[i]);
+  } else {
+    for (int64_t i = 0; i < tensor.columns; ++i) out[i] = convert(data[i * tensor.column_stride]);
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void read_row(const Tensor& tensor, int64_t row, float* out) {
+  switch (tensor.dtype) {
+    case Dtype::f32: read<float>(tensor, row, out, [](float v) { return v; }); break;
+    case Dtype::bf16: read<uint16_t>(tensor, row, out, bf16_to_float); break;
+    case Dtype::f16: read<uint16_t>(tensor, row, out, half_to_float); break;
+    case Dtype::f64: read<double>(tensor, row, out, [](double v) { return static_cast<float>(v); }); break;
+  }
+}
+
+Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels) : panel_(kernels.panel) {
+  std::memcpy(order_, kernels.s8_order, sizeof order_);
+  view_.storage = storage;
+  view_.n = n;
+  view_.k = k;
+  view_.num_panels = ceil_div(n, panel_);
+  view_.steps = ceil_div(k, storage == Storage::s4 ? kGroup : k_per_lane(storage));
+  const int64_t lanes = storage == Storage::s4 ? 1 + kGroup / 8 : 1;  // 32-bit lanes of an output in a step
+  view_.panel_bytes = view_.steps * lanes * panel_ * 4;
+  const int64_t outputs = view_.num_panels * panel_;
+  data_ = Buffer(view_.num_panels * view_.panel_bytes);
+  view_.data = data_.data();
+  if (storage == Storage::s8) {
+    scale_ = Buffer(outputs * 4);
+    sums_ = Buffer(outputs * 4);
+    view_.scale = scale_.floats();
+    view_.sums = reinterpret_cast<const int32_t*>(sums_.data());
+  }
+}
+
+void Packed::fill(const Tensor& weight, const Tensor* bias, Pool& pool) {
+  if (bias) {
+    if (!bias_.bytes()) bias_ = Buffer(view_.num_panels * panel_ * 4);
+    read_row(*bias, 0, bias_.floats());
+    view_.bias = bias_.floats();
+  }
+  const int64_t width = round_up(view_.k, kGroup);
+  std::vector<float> rows(static_cast<size_t>(width * pool.size()), 0.0f);
+  pool.run([&](Team& team, int thread) {
+    float* row = rows.data() + thread * width;
+    team.for_each(view_.num_panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) fill_panel(weight, panel, row);
+    });
+  });
+}
+
+void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row) {
+  const int64_t first = panel * panel_;
+  for (int64_t lane = 0; lane < panel_ && first + lane < view_.n; ++lane) {
+    read_row(weight, first + lane, row);
+    uint8_t* out = data_.data() + panel * view_.panel_bytes + lane * 4;  // lanes of a step are panel_ * 4 bytes apart
+    const int64_t step = panel_ * 4;
+    switch (view_.storage) {
+      case Storage::f32:
+        for (int64_t k = 0; k < view_.k; ++k) std::memcpy(out + k * step, row + k, 4);
+        break;
+      case Storage::bf16:
+        for (int64_t k = 0; k < view_.k; k += 2) {  // row is zero past k
+          const uint32_t pair = float_to_bf16(row[k]) | static_cast<uint32_t>(float_to_bf16(row[k + 1])) << 16;
+          std::memcpy(out + k / 2 * step, &pair, 4);
+        }
+        break;
+      default: quantise(first + lane, row, out);
+    }
+  }
+}
+
+// Symmetric: the largest magnitude is 127. NaN and infinity go into the scale, so that they are not lost.
+void Packed::quantise(int64_t output, const float* row, uint8_t* lane) {
+  float largest = 0.0f, check = 0.0f;
+  for (int64_t k = 0; k < view_.k; ++k) {
+    largest = std::fmax(largest, std::fabs(row[k]));
+    check += row[k] * 0.0f;
+  }
+  const float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  scale_.floats()[output] = scale + check;
+  int32_t sum = 0;
+  for (int64_t k = 0; k < view_.steps * 4; k += 4) {
+    for (int i = 0; i < 4; ++i) {
+      const float rounded = check == 0.0f ? std::nearbyint(row[k + i] * inverse) : 0.0f;
+      const int value = static_cast<int>(std::fmin(127.0f, std::fmax(-127.0f, rounded)));
+      lane[k / 4 * panel_ * 4 + order_[i]] = static_cast<uint8_t>(static_cast<int8_t>(value));
+      sum += value;
+    }
+  }
+  reinterpret_cast<int32_t*>(sums_.data())[output] = sum;
+}
+
+void Packed::unpack(int64_t output, float* out) const {
+  const uint8_t* lane = view_.data + output / panel_ * view_.panel_bytes + output % panel_ * 4;
+  const int64_t step = panel_ * 4;
+  for (int64_t k = 0; k < view_.k; ++k) {
+    if (view_.storage == Storage::f32) {
+      std::memcpy(out + k, lane + k * step, 4);
+    } else if (view_.storage == Storage::bf16) {
+      uint16_t value;
+      std::memcpy(&value, lane + k / 2 * step + k % 2 * 2, 2);
+      out[k] = bf16_to_float(value);
+    } else {
+      out[k] = static_cast<float>(static_cast<int8_t>(lane[k / 4 * step + order_[k % 4]])) * view_.scale[output];
+    }
+  }
+}
+
+Table::Table(bool bf16, int64_t rows, int64_t columns)
+    : bf16_(bf16), rows_(rows), columns_(columns), data_(rows * columns * (bf16 ? 2 : 4)) {}
+
+void Table::fill(const Tensor& tensor, Pool& pool) {
+  std::vector<float> rows(static_cast<size_t>(columns_ * pool.size()));
+  pool.run([&](Team& team, int thread) {
+    float* row = rows.data() + thread * columns_;
+    team.for_each(rows_, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        if (!bf16_) {
+          read_row(tensor, r, data_.floats() + r * columns_);
+          continue;
+        }
+        read_row(tensor, r, row);
+        uint16_t* out = reinterpret_cast<uint16_t*>(data_.data()) + r * columns_;
+        for (int64_t i = 0; i < columns_; ++i) out[i] = float_to_bf16(row[i]);
+      }
+    });
+  });
+}
+
+void Table::add_row(int64_t row, float* out) const {
+  if (bf16_) {
+    const uint16_t* data = reinterpret_cast<const uint16_t*>(data_.data()) + row * columns_;
+    for (int64_t i = 0; i < columns_; ++i) out[i] += bf16_to_float(data[i]);
+  } else {
+    const float* data = data_.floats() + row * columns_;
+    for (int64_t i = 0; i < columns_; ++i) out[i] += data[i];
+  }
+}
+
+}  // namespace native

@@ -1,0 +1,80 @@
+// From tensors as PyTorch stores them to the packed form that the kernels read.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "buffer.hpp"
+#include "kernels.hpp"
+#include "pool.hpp"
+
+namespace native {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+
+// A tensor of one or two dimensions in somebody else's memory; strides count elements. A vector has one row.
+struct Tensor {
+  const void* data;
+  Dtype dtype;
+  int64_t rows, columns;
+  int64_t row_stride, column_stride;
+};
+
+inline float bf16_to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Columns of row `row` as floats, to out[columns].
+void read_row(const Tensor& tensor, int64_t row, float* out);
+
+// A packed matrix and the memory it lies in.
+class Packed {
+ public:
+  Packed() = default;
+  Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels);
+
+  // Takes new values, in place. `bias` is null for none. Whole panels are shared out among the pool's threads.
+  void fill(const Tensor& weight, const Tensor* bias, Pool& pool);
+
+  // Output `output`'s weights as floats, to out[k].
+  void unpack(int64_t output, float* out) const;
+
+  const Matrix& view() const { return view_; }
+  int64_t bytes() const { return data_.bytes() + bias_.bytes() + scale_.bytes() + sums_.bytes(); }
+
+ private:
+  void fill_panel(const Tensor& weight, int64_t panel, float* row);
+  void quantise(int64_t output, const float* row, uint8_t* lane);
+
+  Matrix view_{};
+  int64_t panel_ = 0;
+  int order_[4] = {0, 1, 2, 3};
+  Buffer data_, bias_, scale_, sums_;
+};
+
+// A table whose rows are looked up, in float32 or bf16.
+class Table {
+ public:
+  Table() = default;
+  Table(bool bf16, int64_t rows, int64_t columns);
+  void fill(const Tensor& tensor, Pool& pool);
+  void add_row(int64_t row, float* out) const;  // out[columns] += the row
+  int64_t bytes() const { return data_.bytes(); }
+
+ private:
+  bool bf16_ = false;
+  int64_t rows_ = 0, columns_ = 0;
+  Buffer data_;
+};
+
+}  // namespace native

@@ -1,0 +1,151 @@
+#include "pool.hpp"
+
+#include <chrono>
+
+#if defined(_WIN32)
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace native {
+namespace {
+
+constexpr int kSpins = 2000;                             // about 50 us of pauses
+constexpr auto kYielding = std::chrono::milliseconds(2); // longer than Python needs between two steps
+
+void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+long process_id() {
+#if defined(_WIN32)
+  return _getpid();
+#else
+  return getpid();
+#endif
+}
+
+Busy::Busy(std::atomic<long>& flag) : flag_(flag) {
+  const long self = process_id();
+  for (;;) {
+    long holder = 0;
+    if (flag_.compare_exchange_strong(holder, self, std::memory_order_acquire)) return;
+    if (holder != self && flag_.compare_exchange_strong(holder, self, std::memory_order_acquire)) return;
+    std::this_thread::yield();
+  }
+}
+
+void Gate::wait_while(uint32_t old) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (word_.load(std::memory_order_acquire) != old) return;
+    pause();
+  }
+  const auto end = std::chrono::steady_clock::now() + kYielding;
+  do {
+    if (word_.load(std::memory_order_acquire) != old) return;
+    std::this_thread::yield();  // lets whoever shares the core run
+  } while (std::chrono::steady_clock::now() < end);
+  // The sleeper announces itself before it looks, the waker changes the word before it looks: one of them sees the
+  // other, in the one order that sequential consistency gives.
+  sleepers_.fetch_add(1);
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait(lock, [&] { return word_.load() != old; });
+  }
+  sleepers_.fetch_sub(1);
+}
+
+void Gate::advance() {
+  word_.fetch_add(1);
+  if (sleepers_.load() > 0) {
+    { std::lock_guard<std::mutex> lock(mutex_); }  // whoever checked the word before is asleep by now
+    wake_.notify_all();
+  }
+}
+
+void Team::barrier() {
+  const uint32_t phase = gate_.value();
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_relaxed);
+    gate_.advance();
+  } else {
+    gate_.wait_while(phase);
+  }
+}
+
+struct Pool::State {
+  explicit State(int size) : team(size) {}
+
+  void work(int thread) {
+    uint32_t seen = 0;
+    for (;;) {
+      begin.wait_while(seen);
+      ++seen;
+      if (stop) return;
+      function(context, team, thread);
+      team.barrier();
+    }
+  }
+
+  Team team;
+  Gate begin;
+  Function function = nullptr;
+  void* context = nullptr;
+  bool stop = false;
+  long owner = process_id();
+  std::vector<std::thread> threads;
+};
+
+Pool::Pool(int threads) : size_(threads < 1 ? 1 : threads), state_(make()) {}
+
+std::unique_ptr<Pool::State> Pool::make() const {
+  auto state = std::make_unique<State>(size_);
+  State* raw = state.get();
+  try {
+    for (int thread = 1; thread < size_; ++thread) {
+      state->threads.emplace_back([raw, thread] { raw->work(thread); });
+    }
+  } catch (...) {  // the system has no more threads: end those that there are
+    raw->stop = true;
+    raw->begin.advance();
+    for (auto& thread : raw->threads) thread.join();
+    throw;
+  }
+  return state;
+}
+
+void Pool::forget_if_forked() {
+  // The parent's threads do not exist here and its locks may be held for ever, so the old state cannot be destroyed.
+  if (state_ && state_->owner != process_id()) (void)state_.release();
+}
+
+Pool::~Pool() {
+  forget_if_forked();
+  if (!state_) return;
+  state_->stop = true;
+  state_->begin.advance();
+  for (auto& thread : state_->threads) thread.join();
+}
+
+void Pool::start(Function function, void* context) {
+  forget_if_forked();
+  if (!state_) state_ = make();
+  state_->function = function;
+  state_->context = context;
+  state_->begin.advance();
+  function(context, state_->team, 0);
+  state_->team.barrier();
+}
+
+}  // namespace native

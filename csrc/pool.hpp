@@ -1,0 +1,99 @@
+// A team of threads that lives as long as the model. A step is one job; its phases are separated by barriers that spin
+// first and sleep later, because waking a sleeper costs more than most phases take.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace native {
+
+long process_id();
+
+// Holds a flag that one thread at a time may hold. A child forked while a thread held it does not wait for that thread,
+// which it does not have.
+class Busy {
+ public:
+  explicit Busy(std::atomic<long>& flag);
+  ~Busy() { flag_.store(0, std::memory_order_release); }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
+
+ private:
+  std::atomic<long>& flag_;  // the process that holds it, or 0
+};
+
+// Waits until a word is no longer `old`: spins, then yields, then sleeps.
+class Gate {
+ public:
+  uint32_t value() const { return word_.load(std::memory_order_acquire); }
+  void wait_while(uint32_t old);
+  void advance();  // changes the word and wakes the sleepers
+
+ private:
+  std::atomic<uint32_t> word_{0};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// What a job sees of the threads that run it.
+class Team {
+ public:
+  explicit Team(int size) : size_(size) {}
+  int size() const { return size_; }
+
+  // Calls body(begin, end) for pieces of [0, count) on whichever thread is free, then waits for all threads. Which
+  // thread runs a piece is chance, so a body's results must not depend on it.
+  template <class Body>
+  void for_each(int64_t count, int64_t grain, Body&& body) {
+    for (;;) {
+      const int64_t begin = next_.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= count) break;
+      body(begin, begin + grain < count ? begin + grain : count);
+    }
+    barrier();
+  }
+  void barrier();
+
+ private:
+  const int size_;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) Gate gate_;
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return size_; }
+
+  // Runs job(team, thread) on every thread, the caller being thread 0, and returns when all are done. The job must not
+  // throw. In a forked child, where only the forking thread lives on, the other threads are made anew.
+  template <class Job>
+  void run(Job&& job) {
+    using Plain = std::remove_reference_t<Job>;
+    start([](void* context, Team& team, int thread) { (*static_cast<Plain*>(context))(team, thread); }, &job);
+  }
+
+ private:
+  using Function = void (*)(void*, Team&, int);
+  struct State;
+
+  void start(Function function, void* context);
+  std::unique_ptr<State> make() const;
+  void forget_if_forked();
+
+  const int size_;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace native

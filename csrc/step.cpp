@@ -1,0 +1,282 @@
+// A step: every thread runs run_layers and run_head, and they meet at the end of each phase.
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "model.hpp"
+
+namespace native {
+namespace {
+
+// With so few rows every thread prepares all of them for itself: that is cheaper than a barrier.
+constexpr int64_t kPrivateRows = 4;
+constexpr int64_t kLogitsRows = 64;  // rows whose logits are computed at a time, to bound the memory
+
+void check_range(const char* what, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value < high) return;
+  throw std::invalid_argument(std::string(what) + " " + std::to_string(value) + " is out of range: it must be in [" +
+                              std::to_string(low) + ", " + std::to_string(high) + ")");
+}
+
+int64_t blocks_for(int64_t context, int64_t block_size) { return (context + block_size - 1) / block_size; }
+
+}  // namespace
+
+void Model::step(const Batch& batch, float* logits, const Draws& draws) {
+  Busy busy(busy_);
+  check(batch);
+  reserve(batch);
+  copy_blocks(batch);
+  pool_.run([&](Team& team, int thread) {
+    run_layers(team, thread, batch);
+    run_head(team, thread, batch, logits, draws);
+  });
+  last_drawn_.assign(draws.token_ids, draws.token_ids + batch.sampling.num_rows);
+}
+
+void Model::check(const Batch& b) const {
+  if (!loaded_) throw std::invalid_argument("the model has no weights yet");
+  if (b.num_tokens < 1) throw std::invalid_argument("the batch has no tokens");
+  for (int64_t t = 0; t < b.num_tokens; ++t) {
+    if (b.previous_rows && b.previous_rows[t] >= 0) {
+      check_range("previous row", b.previous_rows[t], 0, static_cast<int64_t>(last_drawn_.size()));
+      check_range("token id drawn before", last_drawn_[static_cast<size_t>(b.previous_rows[t])], 0, config_.vocab_size);
+    } else {
+      check_range("token id", b.token_ids[t], 0, config_.vocab_size);
+    }
+    check_range("position", b.positions[t], 0, config_.context_length);
+    check_range("slot", b.slots[t], -1, num_blocks_ * config_.block_size);
+  }
+  check_range("first query start", b.query_starts[0], 0, 1);
+  check_range("last query start", b.query_starts[b.num_sequences], b.num_tokens, b.num_tokens + 1);
+  for (int64_t s = 0; s < b.num_sequences; ++s) {
+    const int64_t begin = b.query_starts[s], end = b.query_starts[s + 1], length = b.context_lens[s];
+    check_range("query start", end, begin, b.num_tokens + 1);
+    check_range("context length", length, 0, b.table_width * config_.block_size + 1);
+    for (int64_t t = begin; t < end; ++t) check_range("position", b.positions[t], 0, length);
+    for (int64_t i = 0; i < blocks_for(length, config_.block_size); ++i) {
+      check_range("block", b.block_tables[s * b.table_width + i], 0, num_blocks_);
+    }
+  }
+  for (int64_t i = 0; i < 2 * b.num_copies; ++i) check_range("block", b.block_copies[i], 0, num_blocks_);
+  for (int64_t i = 0; i < b.num_logits; ++i) check_range("logits row", b.logits_rows[i], 0, b.num_tokens);
+  const Sampling& s = b.sampling;
+  for (int64_t r = 0; r < s.num_rows; ++r) check_range("draw row", s.draw_rows[r], 0, b.num_tokens);
+  for (const SparseRows* sparse : {&s.output_counts, &s.logit_bias}) {
+    if (!sparse->starts) continue;
+    for (int64_t r = 0; r < s.num_rows; ++r) {
+      for (int32_t i = sparse->starts[r]; i < sparse->starts[r + 1]; ++i) {
+        check_range("token id of a sampling option", sparse->ids[i], 0, config_.vocab_size);
+      }
+    }
+  }
+}
+
+void Model::reserve(const Batch& b) {
+  const int64_t rows = b.num_tokens, threads = pool_.size();
+  x_.reserve(rows * width_ * 4);
+  qkv_.reserve(rows * qkv_width_ * 4);
+  attended_.reserve(rows * width_ * 4);
+  hidden_.reserve(rows * hidden_width_ * 4);
+  // Rows whose head is computed: each once, however many tokens are drawn after it.
+  const Sampling& s = b.sampling;
+  wanted_.assign(s.draw_rows, s.draw_rows + s.num_rows);
+  std::sort(wanted_.begin(), wanted_.end());
+  wanted_.erase(std::unique(wanted_.begin(), wanted_.end()), wanted_.end());
+  draw_at_.resize(static_cast<size_t>(s.num_rows));
+  for (int64_t r = 0; r < s.num_rows; ++r) {
+    const auto place = std::lower_bound(wanted_.begin(), wanted_.end(), s.draw_rows[r]);
+    draw_at_[static_cast<size_t>(r)] = static_cast<int32_t>(place - wanted_.begin());
+  }
+  const int64_t head_rows = std::max<int64_t>(std::min(b.num_logits, kLogitsRows), static_cast<int64_t>(wanted_.size()));
+  gathered_.reserve(head_rows * width_ * 4);
+  head_out_.reserve(head_rows * vocab_width_ * 4);
+  prepared_.reserve(std::max(rows, head_rows) * max_row_bytes_);
+  scales_.reserve(std::max(rows, head_rows) * 4);
+  units_.clear();
+  int64_t most_blocks = 0;
+  for (int64_t q = 0; q < b.num_sequences; ++q) {
+    most_blocks = std::max(most_blocks, blocks_for(b.context_lens[q], config_.block_size));
+    for (int32_t first = b.query_starts[q]; first < b.query_starts[q + 1]; first += kQueries) {
+      units_.push_back({static_cast<int32_t>(q), first, std::min(kQueries, b.query_starts[q + 1] - first)});
+    }
+  }
+  score_stride_ = most_blocks * block_lanes_;
+  space_.matmul = 0;
+  space_.row = kRowBlock * kernels_->panel;
+  space_.prepared = space_.row + std::max(width_, hidden_width_);
+  space_.scales = space_.prepared + kPrivateRows * max_row_bytes_ / 4;
+  space_.attention = round_up(space_.scales + kPrivateRows, kLanes);
+  space_.size = round_up(space_.attention + kQueries * (score_stride_ + head_lanes_), 1024);
+  thread_space_.reserve(threads * space_.size * 4);
+  if (s.num_rows) sampler_.reserve(s, config_.vocab_size, vocab_width_, pool_.size());
+}
+
+void Model::copy_blocks(const Batch& b) {
+  const int64_t bytes = key_bytes_ + value_bytes_;
+  for (int64_t i = 0; i < b.num_copies; ++i) {
+    for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
+      std::memmove(cache_block(layer, b.block_copies[2 * i + 1]), cache_block(layer, b.block_copies[2 * i]),
+                   static_cast<size_t>(bytes));
+    }
+  }
+}
+
+void Model::embed(const Batch& b, int64_t row) {
+  float* x = x_.floats() + row * width_;
+  const int32_t previous = b.previous_rows ? b.previous_rows[row] : -1;
+  const int64_t token = previous >= 0 ? last_drawn_[static_cast<size_t>(previous)] : b.token_ids[row];
+  std::memset(x, 0, static_cast<size_t>(width_) * 4);
+  if (tok_emb_.bytes()) {
+    tok_emb_.add_row(token, x);
+  } else {
+    head_.unpack(token, x);
+  }
+  pos_emb_.add_row(b.positions[row], x);
+}
+
+void Model::write_cache(const Batch& b, int64_t layer, int64_t row) {
+  if (b.slots[row] < 0) return;
+  const int64_t block = b.slots[row] / config_.block_size, offset = b.slots[row] % config_.block_size;
+  const int64_t dim = config_.head_dim();
+  uint8_t* keys = cache_block(layer, block);
+  uint8_t* values = keys + key_bytes_;
+  const float* k = qkv_.floats() + row * qkv_width_ + config_.embed_dim;
+  const float* v = k + config_.embed_dim;
+  for (int64_t head = 0; head < config_.n_heads; ++head) {
+    const int64_t key = head * dim * block_lanes_ + offset, value = (head * config_.block_size + offset) * head_lanes_;
+    for (int64_t d = 0; d < dim; ++d) {
+      const float key_value = k[head * dim + d], value_value = v[head * dim + d];
+      if (cache_bf16_) {
+        reinterpret_cast<uint16_t*>(keys)[key + d * block_lanes_] = float_to_bf16(key_value);
+        reinterpret_cast<uint16_t*>(values)[value + d] = float_to_bf16(value_value);
+      } else {
+        reinterpret_cast<float*>(keys)[key + d * block_lanes_] = key_value;
+        reinterpret_cast<float*>(values)[value + d] = value_value;
+      }
+    }
+  }
+}
+
+void Model::attend(const Batch& b, int64_t layer, int64_t index, int thread) {
+  // Head by head, so that neighbouring units read the same keys and values.
+  const int64_t head = index / static_cast<int64_t>(units_.size());
+  const Unit& unit = units_[static_cast<size_t>(index) % units_.size()];
+  const int64_t item = cache_bf16_ ? 2 : 4, dim = config_.head_dim();
+  Attention a;
+  a.q = qkv_.floats() + unit.first * qkv_width_ + head * dim;
+  a.q_stride = qkv_width_;
+  a.count = unit.count;
+  a.positions = b.positions + unit.first;
+  a.table = b.block_tables + unit.sequence * b.table_width;
+  a.cache = cache_block(layer, 0);
+  a.block_stride = key_bytes_ + value_bytes_;
+  a.k_offset = head * dim * block_lanes_ * item;
+  a.v_offset = key_bytes_ + head * config_.block_size * head_lanes_ * item;
+  a.block_size = config_.block_size;
+  a.block_lanes = block_lanes_;
+  a.head_dim = dim;
+  a.head_lanes = head_lanes_;
+  a.bf16 = cache_bf16_;
+  a.scale = config_.attn_scales[static_cast<size_t>(layer)];
+  a.out = attended_.floats() + unit.first * width_ + head * dim;
+  a.out_stride = width_;
+  a.score_stride = score_stride_;
+  a.scratch = space(thread) + space_.attention;
+  kernels_->attention(a);
+}
+
+void Model::prepare_row(const Packed& matrix, const float* x, const Norm* norm, uint8_t* out, float* scale,
+                        float* scratch) {
+  const Matrix& m = matrix.view();
+  const bool plain = kernels_->plain(m.storage);
+  if (norm) {
+    float* normed = plain ? reinterpret_cast<float*>(out) : scratch;
+    kernels_->layer_norm(x, norm->weight.floats(), norm->bias.floats(), m.k, config_.norm_eps, normed);
+    x = normed;
+  }
+  if (!plain) kernels_->prepare(m.storage, x, m.k, out, scale);
+}
+
+// y = epilogue(norm(x) W^T + b) for `rows` rows of x; norm may be null. All threads call it and meet at its end.
+void Model::linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
+                   int64_t rows, const Output& y) {
+  const Matrix& m = matrix.view();
+  Rows ready{reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
+  const bool scaled = m.storage == Storage::s8;
+  if (norm || !kernels_->plain(m.storage)) {
+    const bool shared = rows > kPrivateRows;
+    uint8_t* data = shared ? prepared_.data() : reinterpret_cast<uint8_t*>(space(thread) + space_.prepared);
+    float* scales = shared ? scales_.floats() : space(thread) + space_.scales;
+    const auto prepare = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        prepare_row(matrix, x + r * stride, norm, data + r * max_row_bytes_, scales + r, space(thread) + space_.row);
+      }
+    };
+    if (shared) {
+      team.for_each(rows, 4, prepare);
+    } else {
+      prepare(0, rows);
+    }
+    ready = Rows{data, max_row_bytes_, scaled ? scales : nullptr};
+  }
+  // Few rows: long pieces, which stream best, in pairs of panels. Many rows: a panel is work enough.
+  const int64_t share = m.num_panels / (team.size() * 6);
+  const int64_t grain = rows > 16 ? 1 : std::max<int64_t>(2, share / 2 * 2);
+  team.for_each(m.num_panels, grain, [&](int64_t begin, int64_t end) {
+    kernels_->matmul(m, ready, rows, y, begin, end, space(thread) + space_.matmul);
+  });
+}
+
+void Model::run_layers(Team& team, int thread, const Batch& b) {
+  const int64_t rows = b.num_tokens;
+  const auto every_row = [&](auto body) {
+    team.for_each(rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) body(row);
+    });
+  };
+  every_row([&](int64_t row) { embed(b, row); });
+  for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
+    const Block& block = blocks_[static_cast<size_t>(layer)];
+    linear(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows, {qkv_.floats(), qkv_width_, Epilogue::store});
+    // All of it before any of it is read: a sequence may read a block that another one of this step fills.
+    every_row([&](int64_t row) { write_cache(b, layer, row); });
+    const int64_t units = static_cast<int64_t>(units_.size()) * config_.n_heads;
+    team.for_each(units, units > 64 ? 4 : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) attend(b, layer, unit, thread);
+    });
+    linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add});
+    linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,
+           {hidden_.floats(), hidden_width_, config_.activation});
+    linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows,
+           {x_.floats(), width_, Epilogue::add});
+  }
+}
+
+// Final norm and head of some of the batch's rows, to head_out_.
+void Model::run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count) {
+  team.for_each(count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(gathered_.floats() + i * width_, x_.floats() + batch_rows[i] * width_, static_cast<size_t>(width_) * 4);
+    }
+  });
+  linear(team, thread, head_, gathered_.floats(), width_, &final_norm_, count,
+         {head_out_.floats(), vocab_width_, Epilogue::store});
+}
+
+void Model::run_head(Team& team, int thread, const Batch& b, float* logits, const Draws& draws) {
+  for (int64_t first = 0; first < b.num_logits; first += kLogitsRows) {
+    const int64_t count = std::min(kLogitsRows, b.num_logits - first);
+    run_head_rows(team, thread, b.logits_rows + first, count);
+    team.for_each(count, 1, [&](int64_t i, int64_t) {
+      std::memcpy(logits + (first + i) * config_.vocab_size, head_out_.floats() + i * vocab_width_,
+                  static_cast<size_t>(config_.vocab_size) * 4);
+    });
+  }
+  if (!b.sampling.num_rows) return;
+  run_head_rows(team, thread, wanted_.data(), static_cast<int64_t>(wanted_.size()));
+  sampler_.run(team, thread, *kernels_, b.sampling, head_out_.floats(), draw_at_.data(), draws);
+}
+
+}  // namespace native

@@ -1,0 +1,180 @@
+"""The ``native`` backend: a whole step is one call into C++ (``csrc/``), with the interpreter lock released.
+
+Weights are packed for streaming when they are loaded. Dtypes: "float32"; "bfloat16" (weights and KV cache; activations
+are float32 on CPUs without bf16 dot products and bf16 on those with them); "int8" (W8A8: a scale per output of a weight
+and per row of activations, exact int32 sums, the KV cache and the token table in bf16). Statistics, softmax,
+accumulation and the residual stream are float32. A row's bits do not depend on the batch, the chunking or the number
+of threads; they do depend on the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from engine.backends.base import Backend, Batch, Capacity, SamplingBatch, Sparse, StepOutput, check_choice
+from engine.backends.machine import usable_cpus
+from engine.backends.torch_backend import available_memory
+from engine.checkpoints.canonical import check_canonical
+from engine.config import ModelConfig
+
+ISA_VARIABLE = "ENGINE_ISA"
+_STORAGE = {"float32": 0, "bfloat16": 1, "int8": 2}  # the codes of Storage in csrc/kernels.hpp
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # of Dtype in csrc/packing.hpp
+
+
+def load_extension() -> ModuleType:
+    """The C++ module.
+
+    Raises:
+        ValueError: it was not built, with how to build it.
+    """
+    try:
+        from engine.backends import _native  # type: ignore[attr-defined, unused-ignore]
+    except ImportError as error:
+        raise ValueError(
+            f"the native backend's C++ extension cannot be loaded ({error}); with a C++17 compiler and pybind11 "
+            "installed, build it by `python setup.py build_ext --inplace` or `pip install .`"
+        ) from error
+    module: ModuleType = _native
+    return module
+
+
+def best_dtype() -> str:
+    """What dtype="auto" means: bfloat16 where this CPU multiplies it in hardware, else float32."""
+    return "bfloat16" if dict(load_extension().isas()).get("avx512_bf16", False) else "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A step that ran."""
+
+    output: StepOutput
+    error: str | None
+
+
+class NativeBackend(Backend):
+    """See ``Backend``. Threads spin for about 2 ms after a step before they sleep.
+
+    Raises:
+        ValueError: besides what ``Backend`` says, the extension is not built, or ``ENGINE_ISA`` names an instruction
+            set that this build or this CPU does not have.
+    """
+
+    name: ClassVar[str] = "native"
+    dtypes: ClassVar[tuple[str, ...]] = tuple(_STORAGE)
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    batch_invariant: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        dtype: str,
+        device: str,
+        block_size: int,
+        threads: int | None = None,
+        memory_fraction: float = 0.9,
+    ) -> None:
+        check_choice("dtype", dtype, self.dtypes, self.name)
+        check_choice("device", device, self.devices, self.name)
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self._config = model
+        self._memory_fraction = memory_fraction
+        self._model = load_extension().Model(
+            asdict(model), _STORAGE[dtype], block_size, threads or usable_cpus(), os.environ.get(ISA_VARIABLE, "")
+        )
+        self.update_weights(weights)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set that runs."""
+        name: str = self._model.isa
+        return name
+
+    @property
+    def threads(self) -> int:
+        """How many threads a step runs on."""
+        count: int = self._model.threads
+        return count
+
+    def update_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        check_canonical(self._config, weights)
+        tensors = [_readable(weights[name]) for name in self._model.tensor_names]
+        self._model.update([_description(tensor) for tensor in tensors])
+
+    def capacity(self) -> Capacity:
+        free = int(available_memory() * self._memory_fraction)
+        return Capacity(self._model.weight_bytes, self._model.block_bytes, free)
+
+    def allocate(self, num_blocks: int) -> None:
+        self._model.allocate(num_blocks)
+
+    def submit(self, batch: Batch) -> _Finished:
+        arrays = (
+            batch.token_ids,
+            batch.positions,
+            batch.slots,
+            batch.query_starts,
+            batch.context_lens,
+            np.ascontiguousarray(batch.block_tables),
+            batch.logits_rows,
+            batch.previous_rows,
+            batch.block_copies,
+        )
+        options = None if batch.sampling is None else (batch.draw_rows, *_options(batch.sampling))
+        logits, token_ids, *rest = self._model.step(arrays, options)
+        bad = np.flatnonzero(token_ids < 0)
+        error = None
+        if len(bad):
+            error = f"the logits of drawn row {bad[0]} hold NaN or +inf, or no token is allowed: none can be drawn"
+        return _Finished(
+            StepOutput(token_ids, *rest, logits=None if logits is None else torch.from_numpy(logits)), error
+        )
+
+    def collect(self, handle: _Finished) -> StepOutput:
+        if handle.error is not None:
+            raise ValueError(handle.error)
+        return handle.output
+
+
+def _options(sampling: SamplingBatch) -> tuple[Any, ...]:
+    return (
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.seeds,
+        sampling.positions,
+        sampling.sample_index,
+        sampling.num_logprobs,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        sampling.repetition_penalty,
+        _parts(sampling.output_counts),
+        _parts(sampling.logit_bias),
+        sampling.allowed,
+    )
+
+
+def _parts(sparse: Sparse | None) -> tuple[Any, Any, Any] | None:
+    return None if sparse is None else (sparse.starts, sparse.ids, sparse.values)
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in main memory in one of the dtypes that C++ reads; itself where it is so already."""
+    tensor = tensor.detach()
+    return tensor.to("cpu", tensor.dtype if tensor.dtype in _DTYPES else torch.float32)
+
+
+def _description(tensor: torch.Tensor) -> tuple[int, int, int, int, int, int]:
+    """Address, dtype code, rows, columns, row stride, column stride; a vector is one row."""
+    matrix = tensor if tensor.dim() == 2 else tensor[None]
+    rows, columns = matrix.shape
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], rows, columns, matrix.stride(0), matrix.stride(1)
