@@ -92,7 +92,8 @@ struct Stream {  // of random numbers: the key and the counter's constant words 
 
 struct Kernels {
   const char* name;
-  int64_t panel;    // outputs of a panel
+  int64_t panel;           // outputs of a panel
+  int64_t matmul_scratch;  // floats
   int s8_order[4];  // which byte of its lane holds value i of four
 
   // Bytes of a row of k activations in the form for `storage`, and its making. x has at least round_up(k, 16) floats,
@@ -101,7 +102,7 @@ struct Kernels {
   int64_t (*row_bytes)(Storage storage, int64_t k);
   void (*prepare)(Storage storage, const float* x, int64_t k, uint8_t* row, float* scale);
 
-  // y = epilogue(x W^T + bias) for panels [begin, end). scratch: kRowBlock * panel floats.
+  // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats.
   void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,
                  float* scratch);
   // weight and bias have round_up(d, 16) floats; out gets as many, zeros past d.
@@ -118,6 +119,10 @@ struct Kernels {
   void (*exclude)(float* x, int64_t n, float largest, float threshold, float min_p);
   // The largest x + Gumbel noise in [begin, end), begin a multiple of 32; the lowest id among equals.
   Candidate (*gumbel_argmax)(const float* x, int64_t begin, int64_t end, const Stream& stream);
+
+  // For benchmarks: products of `storage` with operands in registers (returns how many), and a read of memory.
+  int64_t (*multiply_accumulate)(Storage storage, int64_t iterations);
+  int64_t (*read_all)(const uint8_t* data, int64_t bytes);
 };
 
 }  // namespace native

@@ -7,11 +7,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.hpp"
 
 #if defined(_MSC_VER)
 #define INLINE static __forceinline
+#define INLINE_MEMBER __forceinline
 #define NOINLINE static __declspec(noinline)
 #define TARGET_BEGIN(options)
 #define TARGET_END
@@ -29,6 +31,7 @@
 #endif
 
 #if !defined(_MSC_VER)
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
 #endif
 

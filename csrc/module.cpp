@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "limits.hpp"
 #include "model.hpp"
 
 namespace py = pybind11;
@@ -206,4 +207,12 @@ PYBIND11_MODULE(_native, m) {
     for (const Isa& isa : isas()) list.emplace_back(isa.name, isa.available);
     return list;
   }, "(name, whether this CPU has it) of the instruction sets that were compiled, best first.");
+  m.def("time_reads", &time_reads, py::call_guard<py::gil_scoped_release>(), py::arg("isa"), py::arg("threads"),
+        py::arg("bytes"), py::arg("repeats"), "Seconds that each of several reads of so many bytes took.");
+  m.def("time_products",
+        [](const std::string& isa, int threads, int storage, int repeats) {
+          return time_products(isa, threads, static_cast<Storage>(storage), repeats);
+        },
+        py::call_guard<py::gil_scoped_release>(), py::arg("isa"), py::arg("threads"), py::arg("storage"),
+        py::arg("repeats"), "Multiply-accumulates per second with operands in registers.");
 }

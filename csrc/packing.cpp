@@ -94,11 +94,15 @@ void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row) {
   }
 }
 
+// To the nearest integer, ties to even: the addition leaves no bits for a fraction. |value| < 2^22.
+inline float nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }
+
 // Symmetric: the largest magnitude is 127. NaN and infinity go into the scale, so that they are not lost.
 void Packed::quantise(int64_t output, const float* row, uint8_t* lane) {
   float largest = 0.0f, check = 0.0f;
   for (int64_t k = 0; k < view_.k; ++k) {
-    largest = std::fmax(largest, std::fabs(row[k]));
+    const float magnitude = std::fabs(row[k]);
+    largest = magnitude > largest ? magnitude : largest;
     check += row[k] * 0.0f;
   }
   const float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
@@ -106,8 +110,9 @@ void Packed::quantise(int64_t output, const float* row, uint8_t* lane) {
   int32_t sum = 0;
   for (int64_t k = 0; k < view_.steps * 4; k += 4) {
     for (int i = 0; i < 4; ++i) {
-      const float rounded = check == 0.0f ? std::nearbyint(row[k + i] * inverse) : 0.0f;
-      const int value = static_cast<int>(std::fmin(127.0f, std::fmax(-127.0f, rounded)));
+      const float quotient = check == 0.0f ? row[k + i] * inverse : 0.0f;
+      // 127.00001 can come of the rounding of 1 / (largest / 127).
+      const int value = static_cast<int>(nearest(quotient > 127.0f ? 127.0f : quotient < -127.0f ? -127.0f : quotient));
       lane[k / 4 * panel_ * 4 + order_[i]] = static_cast<uint8_t>(static_cast<int8_t>(value));
       sum += value;
     }

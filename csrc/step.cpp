@@ -104,7 +104,7 @@ void Model::reserve(const Batch& b) {
   }
   score_stride_ = most_blocks * block_lanes_;
   space_.matmul = 0;
-  space_.row = kRowBlock * kernels_->panel;
+  space_.row = kernels_->matmul_scratch;
   space_.prepared = space_.row + std::max(width_, hidden_width_);
   space_.scales = space_.prepared + kPrivateRows * max_row_bytes_ / 4;
   space_.attention = round_up(space_.scales + kPrivateRows, kLanes);

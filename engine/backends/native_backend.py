@@ -133,7 +133,7 @@ class NativeBackend(Backend):
         bad = np.flatnonzero(token_ids < 0)
         error = None
         if len(bad):
-            error = f"the logits of drawn row {bad[0]} hold NaN or +inf, or no token is allowed: none can be drawn"
+            error = f"no token can be drawn from the logits of drawn row {bad[0]}: NaN, +inf, or every token excluded"
         return _Finished(
             StepOutput(token_ids, *rest, logits=None if logits is None else torch.from_numpy(logits)), error
         )
