@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "limits.hpp"
 #include "model.hpp"
+#include "probe.hpp"
 
 namespace py = pybind11;
 
@@ -75,6 +75,20 @@ Sampling sampling_of(const py::object& object, int64_t vocab_size) {
     s.allowed = data_of<uint32_t>(p[14], "allowed", n * s.words);
   }
   return s;
+}
+
+Epilogue activation_of(const std::string& name) {
+  if (name == "none") return Epilogue::store;
+  if (name == "gelu_tanh") return Epilogue::gelu_tanh;
+  if (name == "gelu") return Epilogue::gelu;
+  if (name == "relu") return Epilogue::relu;
+  if (name == "silu") return Epilogue::silu;
+  throw std::invalid_argument("activation '" + name + "' is not known");
+}
+
+Storage storage_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("storage code " + std::to_string(code) + " is not in 0..2");
+  return static_cast<Storage>(code);
 }
 
 class PyModel {
@@ -150,12 +164,7 @@ class PyModel {
 
  private:
   static Config convert(const py::dict& c, int storage, int64_t block_size, int threads, const std::string& isa) {
-    static const std::vector<std::string> activations = {"gelu_tanh", "gelu", "relu", "silu"};
-    static const Epilogue epilogues[] = {Epilogue::gelu_tanh, Epilogue::gelu, Epilogue::relu, Epilogue::silu};
-    const auto name = c["activation"].cast<std::string>();
-    const auto found = std::find(activations.begin(), activations.end(), name);
-    if (found == activations.end()) throw std::invalid_argument("activation '" + name + "' is not known");
-    if (storage < 0 || storage > 2) throw std::invalid_argument("storage code " + std::to_string(storage));
+    const Storage stored = storage_of(storage);
     const auto size = [&](const char* key) {
       const auto value = c[key].cast<int64_t>();
       if (value < 1) throw std::invalid_argument(std::string(key) + " is " + std::to_string(value));
@@ -167,11 +176,11 @@ class PyModel {
                   size("n_heads"),
                   size("n_layers"),
                   size("hidden_dim"),
-                  epilogues[found - activations.begin()],
+                  activation_of(c["activation"].cast<std::string>()),
                   c["norm_eps"].cast<float>(),
                   c["attn_scales"].cast<std::vector<float>>(),
                   c["tied_head"].cast<bool>(),
-                  static_cast<Storage>(storage),
+                  stored,
                   block_size,
                   threads,
                   isa};
@@ -211,8 +220,23 @@ PYBIND11_MODULE(_native, m) {
         py::arg("bytes"), py::arg("repeats"), "Seconds that each of several reads of so many bytes took.");
   m.def("time_products",
         [](const std::string& isa, int threads, int storage, int repeats) {
-          return time_products(isa, threads, static_cast<Storage>(storage), repeats);
+          return time_products(isa, threads, storage_of(storage), repeats);
         },
         py::call_guard<py::gil_scoped_release>(), py::arg("isa"), py::arg("threads"), py::arg("storage"),
         py::arg("repeats"), "Multiply-accumulates per second with operands in registers.");
+  m.def("linear",
+        [](const py::array& x, const py::array& weight, const py::array& bias, const std::string& isa, int threads,
+           int storage, const std::string& activation) {
+          if (x.ndim() != 2 || weight.ndim() != 2 || x.shape(1) != weight.shape(1)) {
+            throw std::invalid_argument("x must be [rows, k] and weight [n, k]");
+          }
+          const int64_t rows = x.shape(0), k = x.shape(1), n = weight.shape(0);
+          py::array_t<float> y({rows, n});
+          linear_once(isa, threads, storage_of(storage), activation_of(activation), rows, n, k,
+                      data_of<float>(x, "x", rows * k), data_of<float>(weight, "weight", n * k),
+                      data_of<float>(bias, "bias", n), y.mutable_data());
+          return y;
+        },
+        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("isa"), py::arg("threads"), py::arg("storage"),
+        py::arg("activation"), "activation(x W^T + bias) by the kernels of a step, for tests.");
 }

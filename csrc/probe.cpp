@@ -1,10 +1,11 @@
-#include "limits.hpp"
+#include "probe.hpp"
 
 #include <chrono>
 #include <cstring>
 
 #include "buffer.hpp"
 #include "isa.hpp"
+#include "packing.hpp"
 #include "pool.hpp"
 
 namespace native {
@@ -51,6 +52,37 @@ std::vector<double> time_products(const std::string& isa, int threads, Storage s
     if (i) rates.push_back(static_cast<double>(products * threads) / (seconds() - start));
   }
   return rates;
+}
+
+void linear_once(const std::string& isa, int threads, Storage storage, Epilogue activation, int64_t rows, int64_t n,
+                 int64_t k, const float* x, const float* weight, const float* bias, float* y) {
+  const Kernels& kernels = *choose_isa(isa).kernels();
+  Pool pool(threads);
+  const Tensor bias_view{bias, Dtype::f32, 1, n, n, 1};
+  Packed packed(storage, n, k, kernels);
+  packed.fill({weight, Dtype::f32, n, k, k, 1}, &bias_view, pool);
+  const int64_t width = round_up(k, kLanes), bytes = kernels.row_bytes(storage, k);
+  const int64_t out_width = packed.view().num_panels * kernels.panel;
+  Buffer padded(width * 4), prepared(rows * bytes), scales(rows * 4), out(rows * out_width * 4);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(padded.data(), x + r * k, static_cast<size_t>(k) * 4);
+    if (kernels.plain(storage)) {
+      std::memcpy(prepared.data() + r * bytes, padded.data(), static_cast<size_t>(width) * 4);
+    } else {
+      kernels.prepare(storage, padded.floats(), k, prepared.data() + r * bytes, scales.floats() + r);
+    }
+  }
+  const Rows ready{prepared.data(), bytes, kernels.plain(storage) ? nullptr : scales.floats()};
+  const Output output{out.floats(), out_width, activation};
+  Buffer scratch(pool.size() * kernels.matmul_scratch * 4);
+  pool.run([&](Team& team, int thread) {
+    team.for_each(packed.view().num_panels, 2, [&](int64_t begin, int64_t end) {
+      kernels.matmul(packed.view(), ready, rows, output, begin, end, scratch.floats() + thread * kernels.matmul_scratch);
+    });
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(y + r * n, out.floats() + r * out_width, static_cast<size_t>(n) * 4);
+  }
 }
 
 }  // namespace native
