@@ -1,0 +1,107 @@
+"""Steps of the native backend for its tests: batches made by hand, without a scheduler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import random_weights
+
+from engine.backends.base import Batch, SamplingBatch
+from engine.backends.native_backend import NativeBackend
+from engine.config import ModelConfig
+
+_native = pytest.importorskip("engine.backends._native", reason="the C++ extension is not built")
+
+ISAS = [name for name, available in _native.isas() if available]
+BLOCK = 5  # divides nothing here
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.08, "int8": 0.4}  # of the logits of these models, whose spread is about 2
+
+
+def make(config: ModelConfig, dtype: str = "float32", threads: int = 2, seed: int = 0) -> NativeBackend:
+    weights = random_weights(config, seed=seed, scale=0.15)
+    backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=BLOCK, threads=threads)
+    backend.allocate(96)
+    return backend
+
+
+def table(row: int) -> list[int]:
+    """Blocks of sequence ``row`` of six: 16 of them, scattered."""
+    return [6 * ((i * 5) % 16) + row for i in range(16)]
+
+
+def batch(
+    parts: list[tuple[int, int, list[int]]],
+    logits: str = "all",
+    sampling: SamplingBatch | None = None,
+    draw_rows: list[int] | None = None,
+) -> Batch:
+    """A step of ``parts``: (sequence row, first position, ids) each; logits of "all" rows, the "last" ones or "none"."""
+    ids, positions, slots, starts, lengths = [], [], [], [0], []
+    for row, first, tokens in parts:
+        where = np.arange(first, first + len(tokens))
+        ids.extend(tokens)
+        positions.extend(where)
+        slots.extend(np.array(table(row))[where // BLOCK] * BLOCK + where % BLOCK)
+        starts.append(starts[-1] + len(tokens))
+        lengths.append(first + len(tokens))
+    rows = {"all": range(starts[-1]), "last": [end - 1 for end in starts[1:]], "none": []}[logits]
+    return Batch(
+        token_ids=np.array(ids, np.int32),
+        positions=np.array(positions, np.int32),
+        slots=np.array(slots, np.int64),
+        query_starts=np.array(starts, np.int32),
+        context_lens=np.array(lengths, np.int32),
+        block_tables=np.array([table(row) for row, _, _ in parts], np.int32),
+        draw_rows=np.array(draw_rows or [], np.int32),
+        logits_rows=np.array(list(rows), np.int32),
+        sampling=sampling,
+    )
+
+
+def logits_of(backend: NativeBackend, parts: list[tuple[int, int, list[int]]], logits: str = "all") -> torch.Tensor:
+    found = backend.collect(backend.submit(batch(parts, logits))).logits
+    assert found is not None
+    return found
+
+
+def ids_of(seed: int, length: int, config: ModelConfig) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(config.vocab_size, size=length).tolist()
+    return ids
+
+
+def neutral(rows: int, **changes: object) -> SamplingBatch:
+    """Options of ``rows`` draws at temperature 1, with changes."""
+    options: dict[str, object] = {
+        "temperature": np.ones(rows, np.float32),
+        "top_k": np.zeros(rows, np.int32),
+        "top_p": np.ones(rows, np.float32),
+        "min_p": np.zeros(rows, np.float32),
+        "seeds": np.arange(rows, dtype=np.uint64) * 977 + 5,
+        "positions": np.arange(rows, dtype=np.uint32) + 11,
+        "sample_index": np.zeros(rows, np.uint32),
+        "num_logprobs": 0,
+        "presence_penalty": np.zeros(rows, np.float32),
+        "frequency_penalty": np.zeros(rows, np.float32),
+        "repetition_penalty": np.ones(rows, np.float32),
+    }
+    return SamplingBatch(**{**options, **changes})  # type: ignore[arg-type]
+
+
+def run_in_process(code: str, **variables: str) -> str:
+    """Standard output of ``code`` in a fresh interpreter that sees the tests and the engine."""
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

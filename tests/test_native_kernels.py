@@ -1,0 +1,134 @@
+"""One linear layer of the native backend by itself: every size and tile, the exactness of int8, activations, bits."""
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from native_steps import ISAS, _native
+
+STORAGE = {"float32": 0, "bfloat16": 1, "int8": 2}
+
+
+def linear(x: np.ndarray, w: np.ndarray, dtype: str, isa: str, activation: str = "none", threads: int = 1) -> np.ndarray:
+    bias = np.linspace(-1, 1, len(w), dtype=np.float32) if activation != "none" else np.zeros(len(w), np.float32)
+    y: np.ndarray = _native.linear(x, w, bias, isa, threads, STORAGE[dtype], activation)
+    return y
+
+
+def uniform(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+def as_bf16(x: np.ndarray) -> np.ndarray:
+    rounded: np.ndarray = torch.from_numpy(x).bfloat16().float().numpy()
+    return rounded
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_width(dtype: str, isa: str) -> None:
+    """k and n from 1 to past two panels, in float64 within the bound of a sum of k products taken in order."""
+    for size in range(1, 102):
+        x, w = as_bf16(uniform(size, 3, size)), as_bf16(uniform(size + 500, 103 - size, size))
+        exact = x.astype(np.float64) @ w.T.astype(np.float64)
+        bound = size * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w).T.astype(np.float64)) + 1e-30
+        assert (np.abs(linear(x, w, dtype, isa) - exact) <= bound).all(), size
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_rows_are_the_same_in_every_tile(dtype: str, isa: str) -> None:
+    """1 to 20 rows, and 600, past the row block; k past the blocks that stay in the cache."""
+    for k in (5, 700):
+        x, w = uniform(1, 600, k), uniform(2, 61, k)
+        whole = linear(x, w, dtype, isa)
+        for rows in (*range(1, 21), 33, 512, 513):
+            assert np.array_equal(linear(x[:rows], w, dtype, isa, threads=2), whole[:rows]), (k, rows)
+        assert np.array_equal(linear(x[577:], w, dtype, isa), whole[577:])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 40])
+def test_int8_sums_are_exact(rows: int, isa: str) -> None:
+    """Integers up to +-127 with a scale of 1 on both sides: the result is the integer sum, extremes included."""
+    generator = np.random.default_rng(rows)
+    for k in (1, 2, 3, 4, 5, 31, 33, 255, 1001):
+        x = generator.integers(-127, 128, (rows, k)).astype(np.float32)
+        w = generator.integers(-127, 128, (50, k)).astype(np.float32)
+        x[:, 0], w[:, 0] = 127, -127  # the largest magnitude makes the scale 1
+        w[0], w[1], w[2, 1:] = 127, -127, 0
+        x[0] = 127  # every product is the largest that there is
+        exact = x.astype(np.int64) @ w.T.astype(np.int64)
+        assert np.array_equal(linear(x, w, "int8", isa), exact.astype(np.float32)), k
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_int8_error_is_the_quantisation(rows: int, isa: str) -> None:
+    """Equal to the sum of the rounded operands in float64, times both scales."""
+    x, w = uniform(3, rows, 333), uniform(4, 70, 333)
+    scale_x = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    scale_w = np.abs(w).max(1, keepdims=True) / np.float32(127)
+    exact = (np.rint(x * (1 / scale_x)) @ np.rint(w * (1 / scale_w)).T).astype(np.float64) * scale_x * scale_w.T
+    assert np.allclose(linear(x, w, "int8", isa), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu"])
+def test_activations(activation: str, isa: str) -> None:
+    x = np.concatenate([np.linspace(-30, 30, 6001), [-1e4, 1e4, 1e-30, 0, -1e-3]]).astype(np.float32)[:, None]
+    got = torch.from_numpy(linear(x, np.ones((3, 1), np.float32), "float32", isa, activation))
+    z = torch.from_numpy(x).double() + torch.linspace(-1, 1, 3).double()
+    wanted = {
+        "gelu_tanh": lambda: F.gelu(z, approximate="tanh"),
+        "gelu": lambda: F.gelu(z),
+        "relu": lambda: F.relu(z),
+        "silu": lambda: F.silu(z),
+    }[activation]()
+    assert ((got - wanted).abs() <= 1e-6 + 1e-6 * wanted.abs()).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_nan_and_infinity_come_through(dtype: str, isa: str) -> None:
+    for activation in ("none", "gelu_tanh", "gelu", "relu", "silu"):
+        for bad in (np.nan, np.inf):
+            for rows in (1, 2, 9):
+                x, w = uniform(5, rows, 40), uniform(6, 30, 40)
+                x[0, 7] = bad
+                y = linear(x, w, dtype, isa, activation)
+                assert not np.isfinite(y[0]).any() or (bad == np.inf and not np.isnan(y[0]).all())
+                assert np.isfinite(y[1:]).all()
+                w[3, 5] = bad
+                assert not np.isfinite(linear(uniform(5, rows, 40), w, dtype, isa)[:, 3]).any()
+
+
+VECTOR_ON_STACK = re.compile(r"%[xyz]mm\d+.*\(%r[sb]p|\(%r[sb]p.*%[xyz]mm\d+")
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+def test_tiles_keep_their_sums_in_registers() -> None:
+    """No tile of the vector instruction sets moves a vector to or from the stack, those that cannot run here included."""
+    command = ["objdump", "-dC", "--no-show-raw-insn", _native.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tiles = [part for part in listing.split("\n\n") if re.match(r"[0-9a-f]+ <void native::avx\w+::tile<", part)]
+    if not tiles:
+        pytest.skip("the extension has no symbols of the tiles: stripped, or not x86")
+    assert {name for name in ("avx2", "avx512", "avx512_bf16") if any(f"native::{name}::" in t for t in tiles)} == {
+        "avx2",
+        "avx512",
+        "avx512_bf16",
+    }
+    spilling = [tile.splitlines()[0] for tile in tiles if VECTOR_ON_STACK.search(tile)]
+    assert spilling == []
+
+
+def test_the_register_test_can_fail() -> None:
+    """The negative control: what GCC 12 writes when it runs out of registers."""
+    assert VECTOR_ON_STACK.search("  2bf7: vfmadd213ps -0x18(%rsp),%ymm5,%ymm2")
+    assert VECTOR_ON_STACK.search("  2b29: vmovaps %ymm7,-0x38(%rsp)")
+    assert not VECTOR_ON_STACK.search("  2adb: vmovups 0x140(%r8),%ymm7")

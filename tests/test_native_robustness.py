@@ -1,0 +1,244 @@
+"""The native backend under bad input, forks, threads, exceptions and long runs: errors, not crashes; no hangs, no leaks."""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import random_weights, tiny_config
+from native_steps import BLOCK, batch, ids_of, logits_of, make, neutral
+
+from engine.backends import native_backend
+from engine.backends.machine import usable_cpus
+from engine.backends.native_backend import NativeBackend
+
+CONFIG = tiny_config()
+
+
+def greedy(rows: int, **changes: object) -> dict[str, object]:
+    return {"sampling": neutral(rows, temperature=np.zeros(rows, np.float32), **changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": np.array([1, 97, 2], np.int32)}, r"token id 97 is out of range: it must be in \[0, 97\)"),
+        ({"token_ids": np.array([-1, 7, 2], np.int32)}, "token id -1"),
+        ({"positions": np.array([0, 1, 64], np.int32)}, "position 64"),
+        ({"positions": np.array([0, 1, 3], np.int32)}, r"position 3 is out of range: it must be in \[0, 3\)"),
+        ({"slots": np.array([0, 1, 96 * BLOCK], np.int64)}, "slot 480"),
+        ({"slots": np.array([0, -2, 1], np.int64)}, "slot -2"),
+        ({"block_tables": np.array([[96]], np.int32)}, "block 96"),
+        ({"block_tables": np.array([[-1]], np.int32)}, "block -1"),
+        ({"context_lens": np.array([6], np.int32), "block_tables": np.array([[0]], np.int32)}, "context length 6"),
+        ({"context_lens": np.array([2], np.int32)}, "position 2"),
+        ({"query_starts": np.array([0, 2], np.int32)}, "last query start 2"),
+        ({"query_starts": np.array([1, 3], np.int32)}, "first query start 1"),
+        ({"logits_rows": np.array([3], np.int32)}, "logits row 3"),
+        ({"block_copies": np.array([[0, 96]], np.int32)}, "block 96"),
+        ({"previous_rows": np.array([-1, -1, 0], np.int32)}, "previous row 0"),
+        ({"draw_rows": np.array([3], np.int32), **greedy(1)}, "draw row 3"),
+        ({"token_ids": np.array([1, 2, 3], np.int64)}, "token_ids must be a contiguous array of int32"),
+        ({"positions": np.array([0, 1], np.int32)}, "positions has 2 elements, expected 3"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(changes: dict[str, np.ndarray], message: str) -> None:
+    backend = make(CONFIG)
+    good = batch([(0, 0, [1, 2, 3])])
+    before = logits_of(backend, [(0, 0, [1, 2, 3])])
+    with pytest.raises(ValueError, match=message):
+        backend.submit(replace(good, **changes))  # type: ignore[arg-type]
+    assert torch.equal(logits_of(backend, [(0, 0, [1, 2, 3])]), before)
+
+
+def test_a_batch_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="no tokens"):
+        make(CONFIG).submit(batch([]))
+
+
+def test_ids_of_sampling_options_are_checked() -> None:
+    from engine.backends.base import Sparse
+
+    outside = Sparse(np.array([0, 1], np.int32), np.array([97], np.int32), np.array([1], np.float32))
+    for name in ("logit_bias", "output_counts"):
+        step = batch([(0, 0, [1])], "none", neutral(1, **{name: outside}), [0])
+        with pytest.raises(ValueError, match="token id of a sampling option 97"):
+            make(CONFIG).submit(step)
+
+
+@pytest.mark.parametrize("dtype", NativeBackend.dtypes)
+@pytest.mark.parametrize("name", ["tok_emb", "head", "blocks.1.fc.bias", "blocks.0.qkv.weight", "blocks.1.norm2.weight"])
+def test_nan_in_the_weights_is_an_error(name: str, dtype: str) -> None:
+    weights = random_weights(CONFIG)
+    weights[name].view(-1)[3] = float("nan")
+    backend = NativeBackend(CONFIG, weights, dtype=dtype, device="cpu", block_size=BLOCK, threads=2)
+    backend.allocate(96)
+    for temperature in (0.0, 1.0):
+        sampling = neutral(1, temperature=np.full(1, temperature, np.float32))
+        handle = backend.submit(batch([(0, 0, [0, 1, 2])], "none", sampling, [2]))
+        with pytest.raises(ValueError, match="no token can be drawn from the logits of drawn row 0"):
+            backend.collect(handle)
+
+
+def test_wrong_weights_are_refused() -> None:
+    weights = random_weights(CONFIG)
+    backend = make(CONFIG)
+    with pytest.raises(ValueError, match=r"head has shape \[96, 40\], expected \[97, 40\]"):
+        backend.update_weights({**weights, "head": weights["head"][1:]})
+    with pytest.raises(ValueError, match="pos_emb is missing"):
+        backend.update_weights({name: tensor for name, tensor in weights.items() if name != "pos_emb"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "native backend has no dtype 'float16'; it accepts float32, bfloat16, int8"),
+        ({"device": "cuda"}, "native backend has no device 'cuda'; it accepts cpu"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"block_size": 0}, "block_size is 0"),
+    ],
+)
+def test_what_it_lacks_is_refused(options: dict[str, object], message: str) -> None:
+    settings = {"dtype": "float32", "device": "cpu", "block_size": BLOCK, **options}
+    with pytest.raises(ValueError, match=message):
+        NativeBackend(CONFIG, random_weights(CONFIG), **settings)  # type: ignore[arg-type]
+
+
+def test_without_the_extension_it_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "engine.backends._native", None)
+    monkeypatch.delattr("engine.backends._native", raising=False)
+    with pytest.raises(ValueError, match="build_ext --inplace"):
+        native_backend.load_extension()
+
+
+def test_a_forked_child_goes_on() -> None:
+    """The child has none of the parent's threads: it makes its own, and so does a grandchild."""
+    backend = make(CONFIG, threads=3)
+    ids = ids_of(1, 20, CONFIG)
+    wanted = logits_of(backend, [(0, 0, ids)])
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(logits_of(backend, [(0, 0, ids)]), wanted)
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0 if torch.equal(logits_of(backend, [(0, 0, ids)]), wanted) else 1)
+        fine = os.waitpid(grandchild, 0)[1] == 0
+        os._exit(0 if same and fine else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(logits_of(backend, [(0, 0, ids)]), wanted)
+
+
+def test_two_backends_in_two_threads() -> None:
+    backends = [make(CONFIG, threads=2, seed=seed) for seed in (1, 2)]
+    ids = ids_of(2, 30, CONFIG)
+    wanted = [logits_of(backend, [(0, 0, ids)]) for backend in backends]
+    same = [True, True]
+
+    def run(i: int) -> None:
+        for _ in range(100):
+            same[i] &= torch.equal(logits_of(backends[i], [(0, 0, ids)]), wanted[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert same == [True, True]
+
+
+def test_one_backend_in_two_threads_takes_turns() -> None:
+    backend = make(CONFIG, threads=2)
+    ids = [ids_of(seed, 12, CONFIG) for seed in (3, 4)]
+    wanted = [logits_of(backend, [(i, 0, ids[i])]) for i in range(2)]
+    same = [True, True]
+
+    def run(i: int) -> None:
+        for _ in range(100):
+            same[i] &= torch.equal(logits_of(backend, [(i, 0, ids[i])]), wanted[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert same == [True, True]
+
+
+def test_it_goes_on_after_an_error() -> None:
+    backend = make(CONFIG)
+    wanted = logits_of(backend, [(0, 0, [1, 2, 3])])
+    for _ in range(50):
+        with pytest.raises(ValueError, match="token id 97"):
+            backend.submit(batch([(0, 0, [97])]))
+        with pytest.raises(ValueError, match="no token can be drawn"):
+            sampling = neutral(1, allowed=np.zeros((1, 4), np.uint32))
+            backend.collect(backend.submit(batch([(1, 0, [5])], "none", sampling, [0])))
+    assert torch.equal(logits_of(backend, [(0, 0, [1, 2, 3])]), wanted)
+
+
+def test_ctrl_c_between_steps() -> None:
+    """SIGINT in a loop of steps: KeyboardInterrupt within seconds, and the process ends with its threads."""
+    code = """
+import signal, threading, os
+from native_steps import make, logits_of, ids_of
+from models import tiny_config
+config = tiny_config()
+backend = make(config, threads=3)
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    while True:
+        logits_of(backend, [(0, 0, ids_of(1, 20, config))])
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+def anonymous_kib() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1])
+    raise OSError("no RssAnon")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_does_not_grow() -> None:
+    """1,000 generations of a prompt and 5 tokens; and backends made and dropped."""
+    backend = make(CONFIG, threads=2)
+
+    def generate(count: int) -> None:
+        for _ in range(count):
+            for t in range(6):
+                part = (0, 0, [1, 2, 3]) if t == 0 else (0, 2 + t, [t])
+                backend.collect(backend.submit(batch([part], "last", neutral(1), [len(part[2]) - 1])))
+
+    generate(50)
+    start = anonymous_kib()
+    generate(1000)
+    assert anonymous_kib() - start < 1024
+    for _ in range(3):
+        make(CONFIG, threads=2)
+    start = anonymous_kib()
+    for _ in range(40):
+        make(CONFIG, threads=2)
+    assert anonymous_kib() - start < 2048
+
+
+def test_usable_cpus_respects_a_quota(tmp_path: Path) -> None:
+    everything = usable_cpus(tmp_path)
+    assert everything == len(os.sched_getaffinity(0))
+    (tmp_path / "cpu.max").write_text("max 100000\n", encoding="ascii")
+    assert usable_cpus(tmp_path) == everything
+    (tmp_path / "cpu.max").write_text("50000 100000\n", encoding="ascii")
+    assert usable_cpus(tmp_path) == 1

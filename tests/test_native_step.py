@@ -1,0 +1,182 @@
+"""The native backend's step: held to ``GPTModel``, and to its own bits in every batch, chunking and thread count."""
+
+import numpy as np
+import pytest
+import torch
+from models import random_weights, tiny_config
+from native_steps import BLOCK, ISAS, TOLERANCE, batch, ids_of, logits_of, make, neutral, run_in_process
+
+from engine.backends.native_backend import NativeBackend
+from engine.backends.torch_backend import TorchBackend
+from engine.checkpoints.canonical import to_reference
+from engine.config import ModelConfig
+
+CONFIGS = {
+    "plain": tiny_config(),
+    "head_dim_20": tiny_config(embed_dim=60, n_heads=3, hidden_dim=101),
+    "head_dim_80": tiny_config(embed_dim=80, n_heads=1, vocab_size=131),
+    "narrow": tiny_config(embed_dim=6, n_heads=3, hidden_dim=5, vocab_size=3),
+    "tied": tiny_config(tied_head=True),
+    "exact_gelu": tiny_config(activation="gelu"),
+    "relu": tiny_config(activation="relu", norm_eps=1e-3),
+    "silu_scaled": tiny_config(activation="silu", attn_scales=(1.0, 0.25)),
+    "gpt2_vocabulary": tiny_config(vocab_size=50257, embed_dim=16, n_layers=1, tied_head=True),
+}
+DTYPES = sorted(TOLERANCE)
+
+
+def reference(config: ModelConfig, ids: list[int], seed: int = 0) -> torch.Tensor:
+    with torch.no_grad():
+        return to_reference(config, random_weights(config, seed=seed, scale=0.15))(torch.tensor([ids]))[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key", CONFIGS)
+def test_logits(key: str, dtype: str) -> None:
+    config = CONFIGS[key]
+    ids = ids_of(1, 37, config)
+    wanted = reference(config, ids)
+    got = logits_of(make(config, dtype), [(0, 0, ids)])
+    assert (got - wanted).abs().max() < TOLERANCE[dtype]
+    if dtype == "float32":
+        assert torch.equal(got.argmax(1), wanted.argmax(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_batch(dtype: str) -> None:
+    """A decode, a whole prompt and a chunk in one step; then rows asked for twice and in any order."""
+    config = CONFIGS["head_dim_20"]
+    a, b, c = ids_of(2, 20, config), ids_of(3, 9, config), ids_of(4, 30, config)
+    backend = make(config, dtype)
+    logits_of(backend, [(0, 0, a[:19]), (2, 0, c[:10])], "last")
+    got = logits_of(backend, [(0, 19, a[19:]), (1, 0, b), (2, 10, c[10:])])
+    wanted = torch.cat([reference(config, a)[19:], reference(config, b), reference(config, c)[10:]])
+    assert (got - wanted).abs().max() < TOLERANCE[dtype]
+
+
+def every_way(backend: NativeBackend, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Logits of one sequence of 40 tokens, whole, in chunks, token by token and among neighbours."""
+    ids = ids_of(5, 40, config)
+    others = [ids_of(10 + i, 40, config) for i in range(5)]
+    found = {"whole": logits_of(backend, [(0, 0, ids)])}
+    for name, sizes in {"chunks": [7, 1, 2, 16, 14], "tokens": [1] * 40, "last alone": [39, 1]}.items():
+        rows, start = [], 0
+        for size in sizes:
+            rows.append(logits_of(backend, [(0, start, ids[start : start + size])]))
+            start += size
+        found[name] = torch.cat(rows)
+    together = logits_of(backend, [(3, 0, others[2]), (0, 0, ids), *((i, 0, others[i - 1]) for i in (1, 2, 4, 5))])
+    found["among others"] = together[40:80]
+    rows = []
+    for t in range(40):  # decoding beside five others
+        parts = [(0, t, ids[t : t + 1]), *((i, t, others[i - 1][t : t + 1]) for i in range(1, 6))]
+        rows.append(logits_of(backend, parts)[:1])
+    found["decoded among others"] = torch.cat(rows)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_invariance_bit_for_bit(dtype: str) -> None:
+    config = tiny_config(embed_dim=120, n_heads=3, hidden_dim=333, vocab_size=131)
+    one = every_way(make(config, dtype, threads=1), config)
+    for name, got in one.items():
+        assert torch.equal(got, one["whole"]), name
+    for threads in (2, 3, 4):
+        more = every_way(make(config, dtype, threads=threads), config)
+        assert all(torch.equal(more[name], one["whole"]) for name in more), threads
+
+
+def test_the_bit_test_can_fail() -> None:
+    """The negative control: PyTorch's linear layers, whose sums depend on the number of rows, do not pass it."""
+    config = tiny_config(embed_dim=120, n_heads=3, hidden_dim=333, vocab_size=131)
+    backend = TorchBackend(config, random_weights(config), dtype="float32", device="cpu", block_size=BLOCK)
+    backend.allocate(96)
+    found = every_way(backend, config)  # type: ignore[arg-type]
+    assert not all(torch.equal(got, found["whole"]) for got in found.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_draws_do_not_depend_on_neighbours(dtype: str) -> None:
+    """Tokens, logprobs and ranks of a row are the same bits alone, beside others, and on another thread count."""
+    config = CONFIGS["plain"]
+    parts = [(i, 0, ids_of(20 + i, 9 + i, config)) for i in range(6)]
+    ends = (np.cumsum([len(part[2]) for part in parts]) - 1).tolist()
+    options = {
+        "temperature": np.array([1, 0, 0.7, 2, 1, 1], np.float32),
+        "top_k": np.array([0, 0, 5, 0, 20, 0], np.int32),
+        "top_p": np.array([1, 1, 1, 0.6, 0.9, 1], np.float32),
+    }
+    seeds, positions = np.arange(6, dtype=np.uint64), np.arange(6, dtype=np.uint32)
+    results = []
+    for threads in (1, 3):
+        backend = make(config, dtype, threads)
+        sampling = neutral(6, **options, seeds=seeds, positions=positions, num_logprobs=4)
+        together = backend.collect(backend.submit(batch(parts, "none", sampling, ends)))
+        results.append(together)
+        for i, part in enumerate(parts):
+            own = {name: values[i : i + 1] for name, values in options.items()}
+            sampling = neutral(1, **own, seeds=seeds[i : i + 1], positions=positions[i : i + 1], num_logprobs=4)
+            alone = backend.collect(backend.submit(batch([part], "none", sampling, [len(part[2]) - 1])))
+            for name in ("token_ids", "logprobs", "ranks", "top_ids", "top_logprobs"):
+                assert np.array_equal(getattr(alone, name)[0], getattr(together, name)[i]), (name, i)
+    assert np.array_equal(results[0].token_ids, results[1].token_ids)
+    assert np.array_equal(results[0].logprobs, results[1].logprobs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str) -> None:
+    """Conformance and invariance in a process of their own under each instruction set that this CPU has."""
+    code = """
+import test_native_step as t
+for dtype in t.DTYPES:
+    for key in ("plain", "head_dim_20", "narrow"):
+        t.test_logits(key, dtype)
+    t.test_mixed_batch(dtype)
+    t.test_batch_invariance_bit_for_bit(dtype)
+print(t.make(t.CONFIGS["plain"]).isa)
+"""
+    assert run_in_process(code, ENGINE_ISA=isa).strip() == isa
+
+
+def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_ISA", "avx1024")
+    with pytest.raises(ValueError, match="'avx1024' is not available here; this CPU and this build have .*generic"):
+        make(CONFIGS["plain"])
+
+
+def test_update_weights_in_place() -> None:
+    config = CONFIGS["tied"]
+    ids = ids_of(6, 12, config)
+    for dtype in DTYPES:
+        backend = make(config, dtype)
+        before = backend.capacity().weight_bytes
+        weights = random_weights(config, seed=9, scale=0.15)
+        backend.update_weights(weights)
+        assert backend.capacity().weight_bytes == before
+        assert torch.equal(logits_of(backend, [(0, 0, ids)]), logits_of(make(config, dtype, seed=9), [(0, 0, ids)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_any_dtype_and_stride(dtype: torch.dtype) -> None:
+    """Half types and views of transposed storage are read as they are; the values are those of ``float()``."""
+    config = CONFIGS["plain"]
+    stored = {name: tensor.to(dtype) for name, tensor in random_weights(config, scale=0.15).items()}
+    strided = {n: t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2] for n, t in stored.items()}
+    ids, found = ids_of(7, 12, config), []
+    for weights in (strided, {name: tensor.float() for name, tensor in stored.items()}):
+        backend = NativeBackend(config, weights, dtype="float32", device="cpu", block_size=BLOCK, threads=2)
+        backend.allocate(96)
+        found.append(logits_of(backend, [(0, 0, ids)]))
+    assert torch.equal(*found)
+
+
+def test_capacity() -> None:
+    config = tiny_config(embed_dim=64, n_heads=2)
+    sizes = {}
+    for dtype, item in {"float32": 4, "bfloat16": 2, "int8": 1}.items():
+        backend = NativeBackend(config, random_weights(config), dtype=dtype, device="cpu", block_size=16)
+        sizes[dtype] = backend.capacity()
+        assert sizes[dtype].weight_bytes >= item * config.num_parameters
+        assert sizes[dtype].free_bytes > 0
+        assert sizes[dtype].bytes_per_block == 2 * config.n_layers * 16 * config.embed_dim * max(2, item)
+    assert sizes["int8"].weight_bytes < sizes["bfloat16"].weight_bytes < sizes["float32"].weight_bytes
