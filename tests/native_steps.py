@@ -39,7 +39,7 @@ def batch(
     sampling: SamplingBatch | None = None,
     draw_rows: list[int] | None = None,
 ) -> Batch:
-    """A step of ``parts``: (sequence row, first position, ids) each; logits of "all" rows, the "last" ones or "none"."""
+    """A step of ``parts``, (sequence row, first position, ids) each, with logits of "all", the "last" or "none"."""
     ids, positions, slots, starts, lengths = [], [], [], [0], []
     for row, first, tokens in parts:
         where = np.arange(first, first + len(tokens))

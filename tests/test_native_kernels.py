@@ -13,7 +13,9 @@ from native_steps import ISAS, _native
 STORAGE = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
-def linear(x: np.ndarray, w: np.ndarray, dtype: str, isa: str, activation: str = "none", threads: int = 1) -> np.ndarray:
+def linear(
+    x: np.ndarray, w: np.ndarray, dtype: str, isa: str, activation: str = "none", threads: int = 1
+) -> np.ndarray:
     bias = np.linspace(-1, 1, len(w), dtype=np.float32) if activation != "none" else np.zeros(len(w), np.float32)
     y: np.ndarray = _native.linear(x, w, bias, isa, threads, STORAGE[dtype], activation)
     return y
@@ -112,7 +114,7 @@ VECTOR_ON_STACK = re.compile(r"%[xyz]mm\d+.*\(%r[sb]p|\(%r[sb]p.*%[xyz]mm\d+")
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
 def test_tiles_keep_their_sums_in_registers() -> None:
-    """No tile of the vector instruction sets moves a vector to or from the stack, those that cannot run here included."""
+    """No tile of a vector instruction set moves a vector to or from the stack, those that cannot run here included."""
     command = ["objdump", "-dC", "--no-show-raw-insn", _native.__file__]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     tiles = [part for part in listing.split("\n\n") if re.match(r"[0-9a-f]+ <void native::avx\w+::tile<", part)]

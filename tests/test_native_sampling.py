@@ -131,7 +131,9 @@ def sparse(rows: list[dict[int, float]]) -> Sparse:
 def test_bias_penalties_and_mask(temperature: float) -> None:
     generator = np.random.default_rng(3)
     counts = [{int(i): float(i % 4) for i in generator.choice(131, 60, replace=False)} for _ in range(ROWS)]
-    biases = [{int(i): float(generator.normal()) * 5 for i in generator.choice(131, r, replace=False)} for r in range(ROWS)]
+    biases = [
+        {int(i): float(generator.normal()) * 5 for i in generator.choice(131, r, replace=False)} for r in range(ROWS)
+    ]
     penalties = {
         "presence_penalty": full(0.7),
         "frequency_penalty": full(0.4),
@@ -147,9 +149,9 @@ def test_bias_penalties_and_mask(temperature: float) -> None:
 def test_ties_at_the_top_k_boundary_stay_and_greedy_takes_the_lowest_id() -> None:
     """A bias makes ids 7, 20 and 99 equal and larger than all others."""
     logits, _ = step(neutral(ROWS))
-    level = {i: 30.0 for i in (99, 7, 20)}
-    biases = [{i: level[i] - float(row[i]) for i in level} for row in logits]
-    exact = [all(np.float32(row[i]) + np.float32(bias[i]) == 30 for i in level) for row, bias in zip(logits, biases, strict=True)]
+    level = dict.fromkeys((99, 7, 20), np.float32(30))
+    biases = [{i: float(level[i] - row[i]) for i in level} for row in logits]
+    exact = [all(r[i] + np.float32(b[i]) == level[i] for i in level) for r, b in zip(logits, biases, strict=True)]
     _, output = step(neutral(ROWS, temperature=full(0), logit_bias=sparse(biases)))
     assert [token for token, same in zip(output.token_ids, exact, strict=True) if same] == [7] * sum(exact)
     assert sum(exact) > 3

@@ -140,7 +140,7 @@ print(t.make(t.CONFIGS["plain"]).isa)
 
 def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINE_ISA", "avx1024")
-    with pytest.raises(ValueError, match="'avx1024' is not available here; this CPU and this build have .*generic"):
+    with pytest.raises(ValueError, match=r"'avx1024' is not available here; this CPU and this build have .*generic"):
         make(CONFIGS["plain"])
 
 

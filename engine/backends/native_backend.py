@@ -129,14 +129,13 @@ class NativeBackend(Backend):
             batch.block_copies,
         )
         options = None if batch.sampling is None else (batch.draw_rows, *_options(batch.sampling))
-        logits, token_ids, *rest = self._model.step(arrays, options)
+        logits, token_ids, logprobs, ranks, top_ids, top_logprobs = self._model.step(arrays, options)
         bad = np.flatnonzero(token_ids < 0)
         error = None
         if len(bad):
             error = f"no token can be drawn from the logits of drawn row {bad[0]}: NaN, +inf, or every token excluded"
-        return _Finished(
-            StepOutput(token_ids, *rest, logits=None if logits is None else torch.from_numpy(logits)), error
-        )
+        rows = None if logits is None else torch.from_numpy(logits)
+        return _Finished(StepOutput(token_ids, logprobs, ranks, top_ids, top_logprobs, rows), error)
 
     def collect(self, handle: _Finished) -> StepOutput:
         if handle.error is not None:

@@ -24,8 +24,26 @@ def _load_torch() -> type[Backend]:
     return TorchBackend
 
 
-BACKENDS: dict[str, Callable[[], type[Backend]]] = {"torch": _load_torch}
+def _load_native() -> type[Backend]:
+    from engine.backends.native_backend import NativeBackend
+
+    return NativeBackend
+
+
+BACKENDS: dict[str, Callable[[], type[Backend]]] = {"native": _load_native, "torch": _load_torch}
 """Name -> a function that imports the adapter, so that naming a backend does not load the others."""
+
+
+def missing(name: str) -> str | None:
+    """Why backend ``name`` cannot run here at all, or None if it can."""
+    if name == "native":
+        from engine.backends.native_backend import load_extension
+
+        try:
+            load_extension()
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def default_device() -> tuple[str, str]:
@@ -43,12 +61,37 @@ def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto") -> 
     Raises:
         ValueError: the backend is not known, with those that are.
     """
-    name = "torch" if backend == "auto" else backend
-    if name not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
-    where, why = default_device()
-    reasons = ["the only one in this version"] if backend == "auto" else ["asked for"]
-    reasons += [why] if device == "auto" else []
-    reasons += ["float32 gives the reference's own tokens"] if dtype == "auto" else []
-    chosen_dtype = "float32" if dtype == "auto" else dtype
-    return Choice(BACKENDS[name](), chosen_dtype, where if device == "auto" else device, "; ".join(reasons))
+    where, device_reason = default_device()
+    if device != "auto":
+        where, device_reason = device, "asked for"
+    elif backend == "native":
+        where, device_reason = "cpu", "the only one that native runs on"
+    name, reason = (backend, "asked for") if backend != "auto" else _fastest(dtype, where)
+    reasons = [f"{name}: {reason}", f"{where}: {device_reason}"]
+    if dtype == "auto":
+        dtype, dtype_reason = _default_dtype(name)
+        reasons.append(f"{dtype}: {dtype_reason}")
+    return Choice(BACKENDS[name](), dtype, where, "; ".join(reasons))
+
+
+def _fastest(dtype: str, device: str) -> tuple[str, str]:
+    """The backend that ``auto`` means for a dtype and a device, and why."""
+    if device != "cpu":
+        return "torch", f"the one that runs on {device}"
+    if missing("native") is not None:
+        return "torch", "the C++ extension of native is not built"
+    if dtype not in ("auto", *_load_native().dtypes):
+        return "torch", f"the one that has {dtype} on a CPU"
+    return "native", "the fastest on a CPU"
+
+
+def _default_dtype(name: str) -> tuple[str, str]:
+    """What dtype="auto" means for a backend here, and why."""
+    if name == "native":
+        from engine.backends.native_backend import best_dtype
+
+        if best_dtype() == "bfloat16":
+            return "bfloat16", "this CPU multiplies it in hardware"
+    return "float32", "it gives the reference's own tokens"
