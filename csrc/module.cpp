@@ -216,6 +216,8 @@ PYBIND11_MODULE(_native, m) {
     for (const Isa& isa : isas()) list.emplace_back(isa.name, isa.available);
     return list;
   }, "(name, whether this CPU has it) of the instruction sets that were compiled, best first.");
+  m.def("choose_isa", [](const std::string& name) { return std::string(choose_isa(name).name); }, py::arg("name"),
+        "The named instruction set, or the best one for an empty name. ValueError if it is not here.");
   m.def("time_reads", &time_reads, py::call_guard<py::gil_scoped_release>(), py::arg("isa"), py::arg("threads"),
         py::arg("bytes"), py::arg("repeats"), "Seconds that each of several reads of so many bytes took.");
   m.def("time_products",

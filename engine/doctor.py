@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import engine
-from engine.backends.registry import BACKENDS, choose
+from engine.backends.registry import BACKENDS, choose, missing
 from engine.backends.torch_backend import available_memory
 from engine.cli import run
 from engine.machine import instruction_sets, processor_name, usable_cpus
@@ -38,6 +38,18 @@ def gpus() -> list[str]:
     return [*lines, "Apple GPU (mps)"] if torch.backends.mps.is_available() else lines
 
 
+def _remark(name: str) -> str:
+    """What else there is to say of a backend here: why it cannot run, or how it does."""
+    reason = missing(name)
+    if reason is not None:
+        return f"; not here: {reason}"
+    if name != "native":
+        return ""
+    from engine.backends.native_backend import ISA_VARIABLE, chosen_isa
+
+    return f"; instruction set {chosen_isa()} ({ISA_VARIABLE} chooses another)"
+
+
 def main() -> None:
     """Print it."""
     made = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
@@ -56,7 +68,7 @@ def main() -> None:
     console.print()
     for name, load in BACKENDS.items():
         cls = load()
-        console.print(f"backend [bold]{name}[/]: {', '.join(cls.dtypes)} on {', '.join(cls.devices)}")
+        console.print(f"backend [bold]{name}[/]: {', '.join(cls.dtypes)} on {', '.join(cls.devices)}{_remark(name)}")
     choice = choose()
     console.print(f"auto takes [bold]{choice.backend.name}[/], {choice.dtype} on {choice.device}: {choice.reason}")
 

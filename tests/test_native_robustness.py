@@ -13,8 +13,8 @@ from models import random_weights, tiny_config
 from native_steps import BLOCK, batch, ids_of, logits_of, make, neutral, run_in_process
 
 from engine.backends import native_backend
-from engine.backends.machine import usable_cpus
 from engine.backends.native_backend import NativeBackend
+from engine.machine import usable_cpus
 
 CONFIG = tiny_config()
 

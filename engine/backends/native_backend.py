@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from engine.backends.base import Backend, Batch, Capacity, SamplingBatch, Sparse, StepOutput, check_choice
-from engine.backends.machine import usable_cpus
 from engine.backends.torch_backend import available_memory
 from engine.checkpoints.canonical import check_canonical
 from engine.config import ModelConfig
+from engine.machine import usable_cpus
 
 ISA_VARIABLE = "ENGINE_ISA"
 _STORAGE = {"float32": 0, "bfloat16": 1, "int8": 2}  # the codes of Storage in csrc/kernels.hpp
@@ -47,6 +47,16 @@ def load_extension() -> ModuleType:
 def best_dtype() -> str:
     """What dtype="auto" means: bfloat16 where this CPU multiplies it in hardware, else float32."""
     return "bfloat16" if dict(load_extension().isas()).get("avx512_bf16", False) else "float32"
+
+
+def chosen_isa() -> str:
+    """The instruction set that runs here: ``ENGINE_ISA``, or the best one.
+
+    Raises:
+        ValueError: ``ENGINE_ISA`` names one that this build or this CPU does not have.
+    """
+    name: str = load_extension().choose_isa(os.environ.get(ISA_VARIABLE, ""))
+    return name
 
 
 @dataclass(frozen=True, slots=True)
