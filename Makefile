@@ -3,14 +3,16 @@
 # make test             the whole test suite
 # make test-fast        the edit-test loop: what takes more than a few seconds is left out
 # make lint             ruff and mypy
+# make sanitize         the native backend's tests under AddressSanitizer, UBSan and ThreadSanitizer (GCC, Linux)
 # ARGS="..." adds options: make bench ARGS="--preset gpt2 --prompt-len 448"
 
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 ARGS ?=
+COMMA := ,
 
-.PHONY: bench test test-fast lint clean
+.PHONY: bench test test-fast lint sanitize clean
 
 bench: .venv/.installed
 	$(BIN)/python -m engine.bench $(ARGS)
@@ -25,6 +27,18 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Each build is a copy of the package in build/; Python itself is not instrumented, so the runtime is preloaded. Python
+# never frees everything: leaks are watched by a test instead. What reads the machine code is left out.
+SANITIZED := tests/test_native_step.py tests/test_native_kernels.py tests/test_native_sampling.py tests/test_native_robustness.py
+define sanitized
+	ENGINE_REQUIRE_NATIVE=1 ENGINE_CXXFLAGS="-fsanitize=$(2) -fno-omit-frame-pointer -g -O1" $(BIN)/python setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
+	LD_PRELOAD=$$(g++ -print-file-name=lib$(3).so) $(4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -o pythonpath="build/$(1)/lib tests" -k "not registers and not instruction_set and not memory" $(SANITIZED) $(ARGS)
+endef
+
+sanitize: .venv/.installed
+	$(call sanitized,asan,address$(COMMA)undefined,asan,ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1)
+	$(call sanitized,tsan,thread,tsan,TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1)
 
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'

@@ -28,8 +28,8 @@ PRESETS = {
     "gpt2": ModelConfig(50257, 1024, 768, 12, 12, 3072, tied_head=True),
     "tiny": ModelConfig(307, 128, 64, 4, 2, 256, tied_head=True),
 }
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-STORAGE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
+ITEM_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 4.5 / 8}
+STORAGE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 2}  # int4 multiplies as int8 does
 NO_ADAPTER = ("openvino_genai", "ctranslate2", "llama_cpp", "vllm")
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]

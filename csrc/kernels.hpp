@@ -23,7 +23,7 @@ inline int64_t k_per_lane(Storage storage) {
 // A weight matrix [n, k] packed for streaming. A panel is `panel` consecutive outputs. Within a panel, for every step of
 // k_per_lane values of k there is one 32-bit lane per output: one float, two bf16 (even k in the low half), four s8 (in
 // the order Kernels::s8_order), or eight nibbles (k 0..3 in the low, 4..7 in the high halves of the bytes, value + 8).
-// s4 has, before every kGroup values of k, one float scale per output. Outputs past n and values past k are 0.
+// s4 has, before every kGroup values of k, one bf16 scale per output. Outputs past n and values past k are 0.
 struct Matrix {
   Storage storage;
   int64_t n, k;

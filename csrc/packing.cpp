@@ -44,8 +44,8 @@ Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels) : 
   view_.k = k;
   view_.num_panels = ceil_div(n, panel_);
   view_.steps = ceil_div(k, storage == Storage::s4 ? kGroup : k_per_lane(storage));
-  const int64_t lanes = storage == Storage::s4 ? 1 + kGroup / 8 : 1;  // 32-bit lanes of an output in a step
-  view_.panel_bytes = view_.steps * lanes * panel_ * 4;
+  // Of an output in a step: a lane of 32 bits, or a bf16 scale and four lanes.
+  view_.panel_bytes = view_.steps * panel_ * (storage == Storage::s4 ? 2 + 4 * 4 : 4);
   const int64_t outputs = view_.num_panels * panel_;
   data_ = Buffer(view_.num_panels * view_.panel_bytes);
   view_.data = data_.data();
@@ -89,16 +89,23 @@ void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row) {
           std::memcpy(out + k / 2 * step, &pair, 4);
         }
         break;
-      default: quantise(first + lane, row, out);
+      case Storage::s8: quantise_s8(first + lane, row, out); break;
+      case Storage::s4: quantise_s4(first + lane, row); break;
     }
   }
 }
 
 // To the nearest integer, ties to even: the addition leaves no bits for a fraction. |value| < 2^22.
-inline float nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }
+static float nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }
+
+// The nearest of -8..7.
+static float nibble(float value) {
+  const float rounded = nearest(value);
+  return rounded < -8.0f ? -8.0f : rounded > 7.0f ? 7.0f : rounded;
+}
 
 // Symmetric: the largest magnitude is 127. NaN and infinity go into the scale, so that they are not lost.
-void Packed::quantise(int64_t output, const float* row, uint8_t* lane) {
+void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
   float largest = 0.0f, check = 0.0f;
   for (int64_t k = 0; k < view_.k; ++k) {
     const float magnitude = std::fabs(row[k]);
@@ -118,6 +125,44 @@ void Packed::quantise(int64_t output, const float* row, uint8_t* lane) {
     }
   }
   reinterpret_cast<int32_t*>(sums_.data())[output] = sum;
+}
+
+// Groups of 32 as nibbles 0..15 for -8..7 times a bf16 scale: the best, in squared error, of those that give the value
+// of largest magnitude one of the places at either end.
+void Packed::quantise_s4(int64_t output, const float* row) {
+  constexpr float kEnds[] = {-8.0f, -7.5f, -7.0f, 7.0f};
+  const int64_t step_bytes = panel_ * 18, lane = output % panel_;
+  uint8_t* step = data_.data() + output / panel_ * view_.panel_bytes;
+  for (int64_t k = 0; k < view_.k; k += kGroup, step += step_bytes) {  // row is zero up to a whole group
+    const float* x = row + k;
+    float extreme = 0.0f, check = 0.0f;
+    for (int64_t i = 0; i < kGroup; ++i) {
+      extreme = std::fabs(x[i]) > std::fabs(extreme) ? x[i] : extreme;
+      check += x[i] * 0.0f;
+    }
+    float best_scale = 0.0f, best_error = INFINITY;
+    for (const float end : kEnds) {
+      const float scale = bf16_to_float(float_to_bf16(extreme / end));
+      const float inverse = std::fabs(scale) > 1e-37f ? 1.0f / scale : 0.0f;
+      float error = 0.0f;
+      for (int64_t i = 0; i < kGroup; ++i) {
+        const float difference = nibble(x[i] * inverse) * scale - x[i];
+        error += difference * difference;
+      }
+      if (error < best_error) {
+        best_error = error;
+        best_scale = scale;
+      }
+    }
+    const float inverse = check == 0.0f && std::fabs(best_scale) > 1e-37f ? 1.0f / best_scale : 0.0f;
+    const uint16_t stored = float_to_bf16(best_scale + check);  // NaN and infinity are kept in the scale
+    std::memcpy(step + lane * 2, &stored, 2);
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const auto value = static_cast<uint8_t>(inverse == 0.0f ? 8.0f : nibble(x[i] * inverse) + 8.0f);
+      uint8_t& byte = step[panel_ * 2 + (i / 8 * panel_ + lane) * 4 + i % 4];
+      byte = i % 8 < 4 ? value : static_cast<uint8_t>(byte | value << 4);  // values 0..3 come first
+    }
+  }
 }
 
 void Packed::unpack(int64_t output, float* out) const {

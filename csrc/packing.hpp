@@ -54,7 +54,8 @@ class Packed {
 
  private:
   void fill_panel(const Tensor& weight, int64_t panel, float* row);
-  void quantise(int64_t output, const float* row, uint8_t* lane);
+  void quantise_s8(int64_t output, const float* row, uint8_t* lane);
+  void quantise_s4(int64_t output, const float* row);
 
   Matrix view_{};
   int64_t panel_ = 0;

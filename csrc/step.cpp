@@ -204,7 +204,7 @@ void Model::linear(Team& team, int thread, const Packed& matrix, const float* x,
                    int64_t rows, const Output& y) {
   const Matrix& m = matrix.view();
   Rows ready{reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
-  const bool scaled = m.storage == Storage::s8;
+  const bool scaled = m.storage == Storage::s8 || m.storage == Storage::s4;
   if (norm || !kernels_->plain(m.storage)) {
     const bool shared = rows > kPrivateRows;
     uint8_t* data = shared ? prepared_.data() : reinterpret_cast<uint8_t*>(space(thread) + space_.prepared);

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from native_steps import ISAS, _native
 
-STORAGE = {"float32": 0, "bfloat16": 1, "int8": 2}
+STORAGE = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 
 def linear(
@@ -69,6 +69,32 @@ def test_int8_sums_are_exact(rows: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11])
+def test_int4_sums_are_exact(rows: int, isa: str) -> None:
+    """Weights -8..7 with a -8 in every group, so that the scale is 1: integer sums again, extremes included."""
+    generator = np.random.default_rng(rows)
+    for k in (1, 8, 31, 32, 33, 64, 255, 801):
+        x = generator.integers(-127, 128, (rows, k)).astype(np.float32)
+        w = generator.integers(-8, 8, (50, k)).astype(np.float32)
+        x[:, 0] = 127
+        w[0], w[1] = -8, 7
+        w[:, ::32] = -8
+        x[0] = -127
+        exact = x.astype(np.int64) @ w.T.astype(np.int64)
+        assert np.array_equal(linear(x, w, "int4", isa), exact.astype(np.float32)), k
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int4_weights_are_near(isa: str) -> None:
+    """Read back with unit vectors, every weight is within an eighth of the largest of its group."""
+    w = uniform(8, 45, 96)
+    back = linear(np.eye(96, dtype=np.float32), w, "int4", isa).T
+    largest = np.repeat(np.abs(w).reshape(45, 3, 32).max(2), 32, axis=1)
+    assert (np.abs(back - w) <= largest / 8 * 1.02).all()
+    assert np.sqrt(((back - w) ** 2).mean() / (w**2).mean()) < 0.09
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [1, 9])
 def test_int8_error_is_the_quantisation(rows: int, isa: str) -> None:
     """Equal to the sum of the rounded operands in float64, times both scales."""
@@ -109,7 +135,8 @@ def test_nan_and_infinity_come_through(dtype: str, isa: str) -> None:
                 assert not np.isfinite(linear(uniform(5, rows, 40), w, dtype, isa)[:, 3]).any()
 
 
-VECTOR_ON_STACK = re.compile(r"%[xyz]mm\d+.*\(%r[sb]p|\(%r[sb]p.*%[xyz]mm\d+")
+# A whole vector to or from the stack; vmovd and vmovq move an address that has lodged in a vector register.
+VECTOR_ON_STACK = re.compile(r"\sv(?!mov[dq]\s)\S+\s+(?:.*%[xyz]mm\d+.*\(%r[sb]p|.*\(%r[sb]p.*%[xyz]mm\d+)")
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
@@ -134,3 +161,4 @@ def test_the_register_test_can_fail() -> None:
     assert VECTOR_ON_STACK.search("  2bf7: vfmadd213ps -0x18(%rsp),%ymm5,%ymm2")
     assert VECTOR_ON_STACK.search("  2b29: vmovaps %ymm7,-0x38(%rsp)")
     assert not VECTOR_ON_STACK.search("  2adb: vmovups 0x140(%r8),%ymm7")
+    assert not VECTOR_ON_STACK.search("  2adb: vmovq  %xmm24,-0x30(%rsp)")
