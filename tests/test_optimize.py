@@ -394,6 +394,18 @@ def test_new_weights_are_seen(key: str) -> None:
     assert torch.equal(generate_greedy(fast, IDS, 10), generate_greedy(model, IDS, 10))
 
 
+@pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}])
+def test_an_optimizer_step_on_one_element_is_seen(options: dict[str, bool]) -> None:
+    """A fused step leaves the version counter alone, and the fingerprint does not sample this element."""
+    fast, model = fast_and_plain()
+    fast(IDS)
+    weight = model.tok_emb.weight
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[5, 7] = 1.0
+    torch.optim.AdamW([weight], lr=2.0, weight_decay=0.0, **options).step()  # type: ignore[arg-type]
+    assert same(fast, model)
+
+
 def test_refresh_after_an_edit_that_nothing_sees() -> None:
     fast, model = fast_and_plain()
     fast(IDS)
