@@ -40,7 +40,7 @@ sanitize: .venv/.installed
 	$(call sanitized,asan,address$(COMMA)undefined,asan,ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1)
 	$(call sanitized,tsan,thread,tsan,TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1)
 
-.venv/.installed: setup.py pyproject.toml constraints.txt
+.venv/.installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"

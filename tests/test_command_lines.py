@@ -81,7 +81,7 @@ def test_help_teaches() -> None:
 def test_doctor() -> None:
     done = run("engine.doctor")
     assert done.returncode == 0, done.stderr
-    for word in ("processor", "torch", "backend torch", "auto takes torch, float32 on"):
+    for word in ("processor", "torch", "backend torch", "backend native", "auto takes"):
         assert word in done.stdout
 
 

@@ -15,7 +15,7 @@ def print_check(console: Console, result: CheckResult) -> None:
     excused = f", {result.num_excused} within the error" if result.num_excused else ""
     console.print(
         f"The engine {verdict} with GPTModel: {result.num_equal}/{result.num_tokens} greedy tokens equal{excused}, "
-        f"largest logit difference {result.error:.1e} (accepted {result.limit:.1e}; {result.rule})"
+        f"{result.measure} {result.error:.1e} (accepted {result.limit:.1e}; {result.rule})"
     )
 
 
