@@ -6,7 +6,7 @@ to bfloat16 truncates, and every ``tl.dot`` is one ``numpy.matmul``, whose bits 
 
 - ``create_dot`` widens the operands to float64, goes over k in groups of 16, adds each group's product to the
   accumulator and rounds it to float32, as ``mma.m16n8k16`` does in effect. Bits no longer depend on the tile's shape.
-- casts between float32 and bfloat16 shift the bits up, and round to nearest even on the way down.
+- casts from bfloat16 shift the bits up; casts to it, from integers too, round to nearest even.
 
 It also stops a nested jit function from patching ``triton.language`` again at each call, which is most of the time
 that small programs take.
@@ -87,16 +87,18 @@ def float32_to_bf16(values: Any) -> Any:
 
 
 def _corrected_cast(original: Any) -> Any:
+    import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
     def cast(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
-        pair = (src.dtype.scalar, dst_type.scalar)
-        if pair == (tl.bfloat16, tl.float32):
-            return TensorHandle(bf16_to_float32(src.data), tl.float32)
-        if pair == (tl.float32, tl.bfloat16):
-            return TensorHandle(float32_to_bf16(src.data), tl.bfloat16)
-        return original(self, src, dst_type, *rounding)
+        source, target = src.dtype.scalar, dst_type.scalar
+        if (source == tl.bfloat16) == (target == tl.bfloat16):
+            return original(self, src, dst_type, *rounding)
+        if source == tl.bfloat16:
+            wide = TensorHandle(bf16_to_float32(src.data), tl.float32)
+            return wide if target == tl.float32 else self.cast_impl(wide, dst_type)
+        return TensorHandle(float32_to_bf16(src.data.astype(np.float32)), tl.bfloat16)
 
     return cast
 
