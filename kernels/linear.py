@@ -134,16 +134,18 @@ def _finish_rows(
 
 @triton.jit
 def _sum_partials(
-    partial_ptr,  # [SPLITS, BLOCK_N, BLOCK_T] of one tile
+    partial_ptr,  # [SPLITS, BLOCK_T, BLOCK_N] of one tile
+    row_mask,  # [BLOCK_T]
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """The partial sums of a tile, added in split order: [BLOCK_N, BLOCK_T]."""
-    within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    within = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_T)[None, :] * BLOCK_N
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for split in range(SPLITS):
-        total += tl.load(partial_ptr + split * BLOCK_N * BLOCK_T + within, cache_modifier=".cg")
+        place = partial_ptr + split * BLOCK_N * BLOCK_T + within
+        total += tl.load(place, mask=row_mask[None, :], other=0.0, cache_modifier=".cg")
     return total
 
 
@@ -165,7 +167,7 @@ def _linear_tile(
     k_ptr,  # [num_blocks, heads, BLOCK_SIZE, HEAD_DIM]
     v_ptr,
     slots_ptr,  # [T] int64
-    partial_ptr,  # [tiles, SPLITS, BLOCK_N, BLOCK_T] float32
+    partial_ptr,  # [tiles, SPLITS, BLOCK_T, BLOCK_N] float32
     tile_counter_ptr,  # [tiles] int32, zero before and after
     row_counter_ptr,  # [row blocks] int32, zero before and after
     num_rows,
@@ -216,11 +218,11 @@ def _linear_tile(
     if not FUSED:
         tile_id = tile * tl.cdiv(num_rows, BLOCK_T) + row_block
         tile_partial_ptr = partial_ptr + tile_id.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_T)
-        within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-        tl.store(tile_partial_ptr + split * (BLOCK_N * BLOCK_T) + within, total)
+        within = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_T)[None, :] * BLOCK_N
+        tl.store(tile_partial_ptr + split * (BLOCK_N * BLOCK_T) + within, total, mask=row_mask[None, :])
         last = arrive(tile_counter_ptr + tile_id, SPLITS)
         if last:
-            total = _sum_partials(tile_partial_ptr, SPLITS, BLOCK_N, BLOCK_T)
+            total = _sum_partials(tile_partial_ptr, row_mask, SPLITS, BLOCK_N, BLOCK_T)
     if last:
         out_mask = outs < N
         if WEIGHTS == "int8":
@@ -378,9 +380,7 @@ def cost(
     writes = rows * n * (4 if epilogue == "residual" else y_size) + (rows * 8 if epilogue == "residual" else 0)
     rereads = {"weights": weights.nbytes * (row_blocks - 1), "x": x_bytes * (out_blocks - 1)}
     if not tiles.fused:
-        rereads["partial sums, written and read"] = (
-            2 * row_blocks * out_blocks * tiles.splits * (BLOCK_N * tiles.block_t * 4)
-        )
+        rereads["partial sums, written and read"] = 2 * rows * out_blocks * tiles.splits * BLOCK_N * 4
     if epilogue == "residual":
         rereads["new residual, for its statistics"] = 2 * rows * n * 4
     parameters = n * bias_size + (2 * k * dtype.itemsize if norm else 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BLOCK_N = 64  # outputs of a linear tile: the M side of the tensor core, 64 so that sm_90 uses wgmma for any row count
+MIN_ROWS = 16  # of a linear tile: with 8, Triton 3.7.1 falls back from wgmma to mma.sync on sm_90
 BLOCK_K = 64  # depth of one step of a linear
 BLOCK_KV = 64  # keys of one step of attention
 STAT_ROWS = 8  # rows whose statistics one pass computes
@@ -56,7 +57,7 @@ def split_k(out_features: int, in_features: int) -> tuple[int, int]:
 def linear_tiles(num_rows: int, out_features: int, in_features: int, element_size: int) -> LinearTiles:
     """Tiles of a linear [out_features, in_features] on ``num_rows`` rows."""
     splits, blocks_per_split = split_k(out_features, in_features)
-    block_t = min(max(8, next_power_of_2(num_rows)), 64)
+    block_t = min(max(MIN_ROWS, next_power_of_2(num_rows)), 64)
     num_stages = 4 if element_size < 4 and block_t <= 32 else 3
     if element_size == 4 and block_t == 64:
         num_stages = 2
@@ -68,3 +69,27 @@ def split_kv(n_heads: int, context_length: int) -> int:
     """Positions of one KV split: a power of two of at least ``BLOCK_KV``, from the model's shape only."""
     wanted = n_heads * context_length // TARGET_PROGRAMS
     return min(max(BLOCK_KV, 1 << max(wanted, 1).bit_length() - 1), 512)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """How attention is cut for one ``block_q``. ``fused`` programs walk all KV splits themselves."""
+
+    block_q: int
+    fused: bool
+    num_warps: int
+    num_stages: int
+
+
+def query_blocks(head_dim: int) -> tuple[int, int]:
+    """Queries of a tile where no sequence brings more than 16 tokens, and where one does."""
+    return 16, 32
+
+
+def attention_tiles(head_dim: int, block_q: int) -> AttentionTiles:
+    """Tiles of attention for one of ``query_blocks(head_dim)``: below 64 rows every target stays on ``mma.sync``."""
+    few, many = query_blocks(head_dim)
+    if block_q not in (few, many):
+        raise ValueError(f"attention of head_dim={head_dim} takes {few} or {many} queries a tile, got {block_q}")
+    warps = 1 if head_dim <= 64 else 2 if head_dim <= 128 else 4
+    return AttentionTiles(block_q, block_q == many, warps if block_q == few else 2 * warps, 2)
