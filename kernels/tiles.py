@@ -91,5 +91,12 @@ def attention_tiles(head_dim: int, block_q: int) -> AttentionTiles:
     few, many = query_blocks(head_dim)
     if block_q not in (few, many):
         raise ValueError(f"attention of head_dim={head_dim} takes {few} or {many} queries a tile, got {block_q}")
-    warps = 1 if head_dim <= 64 else 2 if head_dim <= 128 else 4
-    return AttentionTiles(block_q, block_q == many, warps if block_q == few else 2 * warps, 2)
+    if block_q == few:
+        return AttentionTiles(few, False, 1 if head_dim <= 64 else 2 if head_dim <= 128 else 4, 2)
+    return AttentionTiles(many, True, 4 if head_dim <= 64 else 8, 2)  # with half the warps, registers spill
+
+
+def logits_tiles(num_rows: int, element_size: int) -> LinearTiles:
+    """Tiles of the head: no K splits, since the vocabulary alone makes enough programs."""
+    block_t = min(max(MIN_ROWS, next_power_of_2(num_rows)), 64)
+    return LinearTiles(block_t, 1, 0, True, 4, 4 if element_size < 4 and block_t <= 32 else 2)
