@@ -100,3 +100,8 @@ def logits_tiles(num_rows: int, element_size: int) -> LinearTiles:
     """Tiles of the head: no K splits, since the vocabulary alone makes enough programs."""
     block_t = min(max(MIN_ROWS, next_power_of_2(num_rows)), 64)
     return LinearTiles(block_t, 1, 0, True, 4, 4 if element_size < 4 and block_t <= 32 else 2)
+
+
+def vocab_groups(vocab_size: int) -> int:
+    """Vocabulary tiles that one step of a walk over the vocabulary takes: from the model's shape only."""
+    return min(64, next_power_of_2(cdiv(vocab_size, VOCAB_TILE)))
