@@ -94,8 +94,9 @@ def _attention_tile(
     tables_ptr,  # [S, *] int32
     tiles_ptr,  # [tiles, 4] int32: sequence, first row, first position, number of queries
     out_ptr,  # [T, HEADS * HEAD_DIM]
-    partial_ptr,  # [tiles * HEADS, MAX_SPLITS, BLOCK_Q, BLOCK_D + 2] float32
+    partial_ptr,  # [tiles * HEADS, split_programs, BLOCK_Q, BLOCK_D + 2] float32
     counter_ptr,  # [tiles * HEADS] int32, zero before and after
+    split_programs,
     scale,
     q_stride,
     table_stride,
@@ -104,7 +105,6 @@ def _attention_tile(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     FUSED: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -113,8 +113,8 @@ def _attention_tile(
 ):
     split = 0
     if not FUSED:
-        split = pid % MAX_SPLITS
-        pid = pid // MAX_SPLITS
+        split = pid % split_programs
+        pid = pid // split_programs
     head = pid % HEADS
     tile_ptr = tiles_ptr + (pid // HEADS) * 4
     sequence = tl.load(tile_ptr).to(tl.int64)
@@ -150,7 +150,7 @@ def _attention_tile(
                 SPLIT, DTYPE, BLOCK_Q, BLOCK_KV, BLOCK_D,
             )  # fmt: skip
             WIDTH: tl.constexpr = BLOCK_D + 2
-            tile_partial_ptr = partial_ptr + pid.to(tl.int64) * (MAX_SPLITS * BLOCK_Q * WIDTH) + lanes * WIDTH
+            tile_partial_ptr = partial_ptr + pid.to(tl.int64) * (split_programs * BLOCK_Q * WIDTH) + lanes * WIDTH
             place = tile_partial_ptr + split * (BLOCK_Q * WIDTH)
             tl.store(place[:, None] + dims[None, :], split_acc, mask=mask)
             tl.store(place + BLOCK_D, split_m, mask=row_mask)
@@ -169,17 +169,17 @@ def _attention_tile(
             tl.store(out_ptr + rows[:, None] * out_stride + columns[None, :], out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_programs"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, tiles_ptr, out_ptr, partial_ptr, counter_ptr, scale, q_stride, table_stride,
-    out_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, FUSED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, tiles_ptr, out_ptr, partial_ptr, counter_ptr, split_programs, scale, q_stride,
+    table_stride, out_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr, FUSED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     _attention_tile(
-        tl.program_id(0), q_ptr, k_ptr, v_ptr, tables_ptr, tiles_ptr, out_ptr, partial_ptr, counter_ptr, scale,
-        q_stride, table_stride, out_stride, HEADS, HEAD_DIM, BLOCK_SIZE, SPLIT, MAX_SPLITS, FUSED, DTYPE, BLOCK_Q,
-        BLOCK_KV, BLOCK_D,
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, tables_ptr, tiles_ptr, out_ptr, partial_ptr, counter_ptr,
+        split_programs, scale, q_stride, table_stride, out_stride, HEADS, HEAD_DIM, BLOCK_SIZE, SPLIT, FUSED, DTYPE,
+        BLOCK_Q, BLOCK_KV, BLOCK_D,
     )  # fmt: skip
 
 
@@ -191,7 +191,6 @@ class Paging:
     head_dim: int
     block_size: int
     split: int
-    max_splits: int
 
 
 def query_tiles(
@@ -224,6 +223,7 @@ def attention(
     paging: Paging,
     scale: float,
     block_q: int,
+    longest: int,
 ) -> None:
     """Write out [T, heads * head_dim] for the query tiles.
 
@@ -234,25 +234,26 @@ def attention(
         tiles: [tiles, 4] int32 as ``query_tiles`` makes them with ``block_q``; a tile of 0 queries does nothing.
         partials, counters: at least ``scratch_sizes`` elements; counters are zero before and after.
         scale: multiplies q.k.
-        block_q: one of ``attention_tiles(head_dim)``'s two.
+        block_q: one of ``query_blocks(head_dim)``.
+        longest: the most keys that a query of the batch sees, or more.
     """
     choice = attention_tiles(paging.head_dim, block_q)
-    splits = 1 if choice.fused else paging.max_splits
+    splits = 1 if choice.fused else cdiv(longest, paging.split)
     _attention_kernel[(tiles.shape[0] * paging.heads * splits,)](
-        q, k, v, tables, tiles, out, partials, counters, scale, q.stride(0), tables.stride(0), out.stride(0),
+        q, k, v, tables, tiles, out, partials, counters, splits, scale, q.stride(0), tables.stride(0), out.stride(0),
         HEADS=paging.heads, HEAD_DIM=paging.head_dim, BLOCK_SIZE=paging.block_size, SPLIT=paging.split,
-        MAX_SPLITS=paging.max_splits, FUSED=choice.fused, DTYPE=TRITON_TYPES[q.dtype], BLOCK_Q=block_q,
+        FUSED=choice.fused, DTYPE=TRITON_TYPES[q.dtype], BLOCK_Q=block_q,
         BLOCK_KV=BLOCK_KV, BLOCK_D=max(16, next_power_of_2(paging.head_dim)),
         **launch_options(choice.num_warps, choice.num_stages),
     )  # fmt: skip
 
 
-def scratch_sizes(num_tiles: int, paging: Paging, block_q: int) -> tuple[int, int]:
+def scratch_sizes(num_tiles: int, paging: Paging, block_q: int, longest: int) -> tuple[int, int]:
     """Elements of partials and counters that a launch needs."""
     if attention_tiles(paging.head_dim, block_q).fused:
         return 1, 1
     width = max(16, next_power_of_2(paging.head_dim)) + 2
-    return num_tiles * paging.heads * paging.max_splits * block_q * width, num_tiles * paging.heads
+    return num_tiles * paging.heads * cdiv(longest, paging.split) * block_q * width, num_tiles * paging.heads
 
 
 def cost(tiles: Sequence[Sequence[int]], paging: Paging, element_size: int, block_q: int) -> Cost:

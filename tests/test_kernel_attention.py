@@ -70,6 +70,7 @@ class Launch:
     def __post_init__(self) -> None:
         paging, dtype = self.case.paging, self.case.k.dtype
         self.block_q = query_blocks(paging.head_dim)[self.many]
+        self.longest = max(last for _, _, last in self.spans)
         starts = np.cumsum([0] + [last - first for _, first, last in self.spans]).astype(np.int32)
         positions = np.concatenate([np.arange(first, last) for _, first, last in self.spans]).astype(np.int32)
         self.tile_list = query_tiles(starts, positions, self.block_q)
@@ -77,14 +78,14 @@ class Launch:
         self.tables = harness.guarded_like(self.case.tables[[s for s, _, _ in self.spans]], gap=2)
         self.q = harness.guarded_like(torch.cat([self.case.queries[s][a:b] for s, a, b in self.spans]), gap=8)
         self.out = harness.guarded(self.q.shape, dtype, gap=9)
-        partials, counters = scratch_sizes(len(self.tile_list), paging, self.block_q)
+        partials, counters = scratch_sizes(len(self.tile_list), paging, self.block_q, self.longest)
         self.partials, self.counters = torch.full((partials,), torch.nan), torch.zeros(counters, dtype=torch.int32)
 
     def __call__(self) -> None:
         case = self.case
         attention(
             self.q, case.k, case.v, self.tables, self.tiles, self.out, self.partials, self.counters, case.paging,
-            SCALE, self.block_q,
+            SCALE, self.block_q, self.longest,
         )  # fmt: skip
 
     def run(self) -> torch.Tensor:
@@ -93,8 +94,8 @@ class Launch:
         return self.out.contiguous()
 
 
-def paging(heads: int, head_dim: int, block_size: int = 16, split: int = 64, longest: int = 256) -> Paging:
-    return Paging(heads, head_dim, block_size, split, -(-longest // split))
+def paging(heads: int, head_dim: int, block_size: int = 16, split: int = 64) -> Paging:
+    return Paging(heads, head_dim, block_size, split)
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
