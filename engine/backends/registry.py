@@ -24,7 +24,23 @@ def _load_torch() -> type[Backend]:
     return TorchBackend
 
 
-BACKENDS: dict[str, Callable[[], type[Backend]]] = {"torch": _load_torch}
+def _load_triton() -> type[Backend]:
+    from engine.backends.triton_backend import TritonBackend
+
+    return TritonBackend
+
+
+def _load_triton_interpret() -> type[Backend]:
+    from engine.backends.triton_backend import TritonInterpretBackend
+
+    return TritonInterpretBackend
+
+
+BACKENDS: dict[str, Callable[[], type[Backend]]] = {
+    "torch": _load_torch,
+    "triton": _load_triton,
+    "triton-interpret": _load_triton_interpret,
+}
 """Name -> a function that imports the adapter, so that naming a backend does not load the others."""
 
 
@@ -46,9 +62,12 @@ def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto") -> 
     name = "torch" if backend == "auto" else backend
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
+    adapter = BACKENDS[name]()
     where, why = default_device()
+    if where not in adapter.devices:
+        where, why = adapter.devices[0], f"the {name} backend runs on {', '.join(adapter.devices)}"
     reasons = ["the only one in this version"] if backend == "auto" else ["asked for"]
     reasons += [why] if device == "auto" else []
     reasons += ["float32 gives the reference's own tokens"] if dtype == "auto" else []
     chosen_dtype = "float32" if dtype == "auto" else dtype
-    return Choice(BACKENDS[name](), chosen_dtype, where if device == "auto" else device, "; ".join(reasons))
+    return Choice(adapter, chosen_dtype, where if device == "auto" else device, "; ".join(reasons))
