@@ -26,7 +26,7 @@ import triton.language as tl
 from kernels.common import arrive, tree_sum
 from kernels.cost import Cost
 from kernels.linear import TRITON_TYPES
-from kernels.tiles import BLOCK_KV, attention_tiles, cdiv, launch_options, next_power_of_2
+from kernels.tiles import BLOCK_KV, AttentionTiles, cdiv, launch_options, next_power_of_2
 
 
 @triton.jit
@@ -222,7 +222,7 @@ def attention(
     counters: torch.Tensor,
     paging: Paging,
     scale: float,
-    block_q: int,
+    choice: AttentionTiles,
     longest: int,
 ) -> None:
     """Write out [T, heads * head_dim] for the query tiles.
@@ -231,32 +231,31 @@ def attention(
         q, out: [T, heads * head_dim] in the storage type, columns contiguous.
         k, v: one layer's cache, [num_blocks, heads, block_size, head_dim] contiguous, this step's keys in it.
         tables: [S, *] int32 block ids.
-        tiles: [tiles, 4] int32 as ``query_tiles`` makes them with ``block_q``; a tile of 0 queries does nothing.
+        tiles: [tiles, 4] int32 as ``query_tiles`` makes them with ``choice.block_q``; a tile of 0 queries does nothing.
         partials, counters: at least ``scratch_sizes`` elements; counters are zero before and after.
         scale: multiplies q.k.
-        block_q: one of ``query_blocks(head_dim)``.
+        choice: from ``attention_tiles``.
         longest: the most keys that a query of the batch sees, or more.
     """
-    choice = attention_tiles(paging.head_dim, block_q)
     splits = 1 if choice.fused else cdiv(longest, paging.split)
     _attention_kernel[(tiles.shape[0] * paging.heads * splits,)](
         q, k, v, tables, tiles, out, partials, counters, splits, scale, q.stride(0), tables.stride(0), out.stride(0),
         HEADS=paging.heads, HEAD_DIM=paging.head_dim, BLOCK_SIZE=paging.block_size, SPLIT=paging.split,
-        FUSED=choice.fused, DTYPE=TRITON_TYPES[q.dtype], BLOCK_Q=block_q,
+        FUSED=choice.fused, DTYPE=TRITON_TYPES[q.dtype], BLOCK_Q=choice.block_q,
         BLOCK_KV=BLOCK_KV, BLOCK_D=max(16, next_power_of_2(paging.head_dim)),
         **launch_options(choice.num_warps, choice.num_stages),
     )  # fmt: skip
 
 
-def scratch_sizes(num_tiles: int, paging: Paging, block_q: int, longest: int) -> tuple[int, int]:
+def scratch_sizes(num_tiles: int, paging: Paging, choice: AttentionTiles, longest: int) -> tuple[int, int]:
     """Elements of partials and counters that a launch needs."""
-    if attention_tiles(paging.head_dim, block_q).fused:
+    if choice.fused:
         return 1, 1
     width = max(16, next_power_of_2(paging.head_dim)) + 2
-    return num_tiles * paging.heads * cdiv(longest, paging.split) * block_q * width, num_tiles * paging.heads
+    return num_tiles * paging.heads * cdiv(longest, paging.split) * choice.block_q * width, num_tiles * paging.heads
 
 
-def cost(tiles: Sequence[Sequence[int]], paging: Paging, element_size: int, block_q: int) -> Cost:
+def cost(tiles: Sequence[Sequence[int]], paging: Paging, element_size: int, choice: AttentionTiles) -> Cost:
     """Bytes of one launch for these query tiles (sequence, first row, first position, number of queries).
 
     Partial results are left out: they stay in the L2 cache (``rereads`` names them).
@@ -269,7 +268,7 @@ def cost(tiles: Sequence[Sequence[int]], paging: Paging, element_size: int, bloc
     keys, walked = sum(ends.values()), sum(first + count for _, _, first, count in tiles)
     tables = sum(cdiv(end, paging.block_size) for end in ends.values()) * 4
     rereads = {"keys and values": 2 * (walked - keys) * width}
-    if not attention_tiles(paging.head_dim, block_q).fused:
+    if not choice.fused:
         parts = sum(count * cdiv(first + count, paging.split) for _, _, first, count in tiles)
         rereads["partial results, written and read"] = 2 * parts * paging.heads * (paging.head_dim + 2) * 4
     flops = sum(4 * paging.heads * paging.head_dim * count * (first + count) for _, _, first, count in tiles)

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from kernels.common import activate, arrive, normalise, row_statistics
 from kernels.cost import Cost
-from kernels.tiles import BLOCK_K, BLOCK_N, STAT_CHUNK, STAT_ROWS, cdiv, launch_options, linear_tiles
+from kernels.tiles import BLOCK_N, STAT_CHUNK, STAT_ROWS, cdiv, launch_options, linear_tiles
 from kernels.weights import Weights, weight_tile
 
 ACTIVATIONS = ("none", "gelu_tanh", "gelu", "relu", "silu")
@@ -360,7 +360,7 @@ def linear(
         EPILOGUE="residual" if residual else "qkv" if cache else "none",
         WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
         HEAD_DIM=cache.k.shape[3] if cache else 1, BLOCK_SIZE=cache.k.shape[2] if cache else 1,
-        BLOCK_N=BLOCK_N, BLOCK_T=tiles.block_t, BLOCK_K=BLOCK_K, STAT_ROWS=STAT_ROWS, STAT_CHUNK=STAT_CHUNK,
+        BLOCK_N=BLOCK_N, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, STAT_ROWS=STAT_ROWS, STAT_CHUNK=STAT_CHUNK,
         **launch_options(tiles.num_warps, tiles.num_stages),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kernels.cost import Cost
 from kernels.linear import TRITON_TYPES, Norm, split_product
-from kernels.tiles import BLOCK_K, VOCAB_TILE, cdiv, launch_options, logits_tiles
+from kernels.tiles import VOCAB_TILE, cdiv, launch_options, logits_tiles
 from kernels.weights import Weights
 
 
@@ -100,13 +100,13 @@ def logits(
         dtype: the storage type, in which the product's operands are.
     """
     num_rows, (n, k) = row_ids.shape[0], weights.shape
-    tiles = logits_tiles(num_rows, dtype.itemsize)
+    tiles = logits_tiles(num_rows, k, dtype.itemsize)
     scales = norm.weight if weights.scales is None else weights.scales
     _logits_kernel[(cdiv(n, VOCAB_TILE) * cdiv(num_rows, tiles.block_t),)](
         x, weights.data, scales, norm.weight, norm.bias, norm.mean, norm.rstd, row_ids, y, num_rows,
         x.stride(0), weights.data.stride(0), 0 if weights.scales is None else scales.stride(0), y.stride(0),
         N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
-        BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=BLOCK_K,
+        BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
         **launch_options(tiles.num_warps, tiles.num_stages),
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def cost(num_rows: int, weights: Weights, element_size: int) -> Cost:
         writes=num_rows * n * 4,
         flops=2 * num_rows * n * k,
         rereads={
-            "weights": weights.nbytes * (cdiv(num_rows, logits_tiles(num_rows, element_size).block_t) - 1),
+            "weights": weights.nbytes * (cdiv(num_rows, logits_tiles(num_rows, k, element_size).block_t) - 1),
             "x": x_bytes * (cdiv(n, VOCAB_TILE) - 1),
         },
     )

@@ -10,7 +10,8 @@ from typing import Any
 
 BLOCK_N = 64  # outputs of a linear tile: the M side of the tensor core, 64 so that sm_90 uses wgmma for any row count
 MIN_ROWS = 16  # of a linear tile: with 8, Triton 3.7.1 falls back from wgmma to mma.sync on sm_90
-BLOCK_K = 64  # depth of one step of a linear
+BLOCK_K = 64  # depth that K splits are made of, and of one step of a linear
+BLOCK_K_FLOAT32 = 16  # of one step in float32, which has no tensor core: with 64, Triton 3.7.1 spills kilobytes
 BLOCK_KV = 64  # keys of one step of attention
 STAT_ROWS = 8  # rows whose statistics one pass computes
 STAT_CHUNK = 256  # columns that are added elementwise before the tree
@@ -24,6 +25,7 @@ class LinearTiles:
     """How one linear is cut. ``fused`` programs walk all K splits themselves, in the same order as the last arriver."""
 
     block_t: int
+    block_k: int
     splits: int
     blocks_per_split: int
     fused: bool
@@ -57,12 +59,21 @@ def split_k(out_features: int, in_features: int) -> tuple[int, int]:
 def linear_tiles(num_rows: int, out_features: int, in_features: int, element_size: int) -> LinearTiles:
     """Tiles of a linear [out_features, in_features] on ``num_rows`` rows."""
     splits, blocks_per_split = split_k(out_features, in_features)
-    block_t = min(max(MIN_ROWS, next_power_of_2(num_rows)), 64)
-    num_stages = 4 if element_size < 4 and block_t <= 32 else 3
-    if element_size == 4 and block_t == 64:
-        num_stages = 2
     fused = splits == 1 or num_rows > 64
-    return LinearTiles(block_t, splits, blocks_per_split, fused, 4, num_stages)
+    return _linear_tiles(num_rows, element_size, splits, blocks_per_split, fused)
+
+
+def logits_tiles(num_rows: int, in_features: int, element_size: int) -> LinearTiles:
+    """Tiles of the head: no K splits, since the vocabulary alone makes enough programs."""
+    return _linear_tiles(num_rows, element_size, 1, cdiv(in_features, BLOCK_K), True)
+
+
+def _linear_tiles(num_rows: int, element_size: int, splits: int, blocks: int, fused: bool) -> LinearTiles:
+    block_t = min(max(MIN_ROWS, next_power_of_2(num_rows)), 64)
+    if element_size == 4:
+        block_k = BLOCK_K_FLOAT32
+        return LinearTiles(block_t, block_k, splits, blocks * (BLOCK_K // block_k), fused, 4, 3)
+    return LinearTiles(block_t, BLOCK_K, splits, blocks, fused, 4, 4 if block_t <= 32 else 3)
 
 
 def split_kv(n_heads: int, context_length: int) -> int:
@@ -73,7 +84,7 @@ def split_kv(n_heads: int, context_length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
-    """How attention is cut for one ``block_q``. ``fused`` programs walk all KV splits themselves."""
+    """How attention is cut. ``fused`` programs walk all KV splits themselves."""
 
     block_q: int
     fused: bool
@@ -81,25 +92,17 @@ class AttentionTiles:
     num_stages: int
 
 
-def query_blocks(head_dim: int) -> tuple[int, int]:
-    """Queries of a tile where no sequence brings more than 16 tokens, and where one does."""
-    return 16, 32
+def attention_tiles(head_dim: int, element_size: int, most_queries: int) -> AttentionTiles:
+    """Tiles of attention where no sequence brings more than ``most_queries`` tokens.
 
-
-def attention_tiles(head_dim: int, block_q: int) -> AttentionTiles:
-    """Tiles of attention for one of ``query_blocks(head_dim)``: below 64 rows every target stays on ``mma.sync``."""
-    few, many = query_blocks(head_dim)
-    if block_q not in (few, many):
-        raise ValueError(f"attention of head_dim={head_dim} takes {few} or {many} queries a tile, got {block_q}")
-    if block_q == few:
-        return AttentionTiles(few, False, 1 if head_dim <= 64 else 2 if head_dim <= 128 else 4, 2)
-    return AttentionTiles(many, True, 4 if head_dim <= 64 else 8, 2)  # with half the warps, registers spill
-
-
-def logits_tiles(num_rows: int, element_size: int) -> LinearTiles:
-    """Tiles of the head: no K splits, since the vocabulary alone makes enough programs."""
-    block_t = min(max(MIN_ROWS, next_power_of_2(num_rows)), 64)
-    return LinearTiles(block_t, 1, 0, True, 4, 4 if element_size < 4 and block_t <= 32 else 2)
+    Below 64 rows every NVIDIA target stays on ``mma.sync``; the warps are the fewest with which nothing spills.
+    """
+    many = most_queries > 16
+    if element_size == 4:
+        return AttentionTiles(16, many, 8, 1)
+    if many:
+        return AttentionTiles(32, True, 4 if head_dim <= 64 else 8, 2)
+    return AttentionTiles(16, False, 1 if head_dim <= 64 else 2 if head_dim <= 128 else 4, 2)
 
 
 def vocab_groups(vocab_size: int) -> int:

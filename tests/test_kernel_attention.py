@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.attention import Paging, attention, cost, query_tiles, scratch_sizes
-from kernels.tiles import attention_tiles, query_blocks, split_kv
+from kernels.tiles import attention_tiles, split_kv
 
 SCALE = 0.3
 
@@ -69,23 +69,23 @@ class Launch:
 
     def __post_init__(self) -> None:
         paging, dtype = self.case.paging, self.case.k.dtype
-        self.block_q = query_blocks(paging.head_dim)[self.many]
+        self.choice = attention_tiles(paging.head_dim, dtype.itemsize, 99 if self.many else 1)
         self.longest = max(last for _, _, last in self.spans)
         starts = np.cumsum([0] + [last - first for _, first, last in self.spans]).astype(np.int32)
         positions = np.concatenate([np.arange(first, last) for _, first, last in self.spans]).astype(np.int32)
-        self.tile_list = query_tiles(starts, positions, self.block_q)
+        self.tile_list = query_tiles(starts, positions, self.choice.block_q)
         self.tiles = torch.from_numpy(self.tile_list)
         self.tables = harness.guarded_like(self.case.tables[[s for s, _, _ in self.spans]], gap=2)
         self.q = harness.guarded_like(torch.cat([self.case.queries[s][a:b] for s, a, b in self.spans]), gap=8)
         self.out = harness.guarded(self.q.shape, dtype, gap=9)
-        partials, counters = scratch_sizes(len(self.tile_list), paging, self.block_q, self.longest)
+        partials, counters = scratch_sizes(len(self.tile_list), paging, self.choice, self.longest)
         self.partials, self.counters = torch.full((partials,), torch.nan), torch.zeros(counters, dtype=torch.int32)
 
     def __call__(self) -> None:
         case = self.case
         attention(
             self.q, case.k, case.v, self.tables, self.tiles, self.out, self.partials, self.counters, case.paging,
-            SCALE, self.block_q, self.longest,
+            SCALE, self.choice, self.longest,
         )  # fmt: skip
 
     def run(self) -> torch.Tensor:
@@ -178,7 +178,7 @@ def test_cost_is_what_is_touched(many: bool) -> None:
     launch = Launch(case, [(0, 199, 200), (1, 3, 33)], many)
     with harness.recording() as trace:
         launch()
-    expected = cost(launch.tile_list.tolist(), case.paging, 2, launch.block_q)
+    expected = cost(launch.tile_list.tolist(), case.paging, 2, launch.choice)
     reads = trace.bytes(False, launch.q, case.k, case.v, launch.tables, launch.tiles)
     assert reads == pytest.approx(expected.reads, rel=0.02)
     assert trace.bytes(True, launch.out) == expected.writes
@@ -190,5 +190,3 @@ def test_splits_follow_the_model() -> None:
     assert split_kv(12, 1024) == 64
     assert split_kv(25, 1024) == 128
     assert split_kv(1, 64) == 64
-    with pytest.raises(ValueError, match="got 48"):
-        attention_tiles(64, 48)

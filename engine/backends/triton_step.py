@@ -173,13 +173,14 @@ class TritonStep:
 
     def run(self, batch: Batch) -> StepTensors:
         """Queue one step."""
-        block_q = tiles.query_blocks(self._model.head_dim)[int(np.diff(batch.query_starts).max() > 16)]
+        most_queries = int(np.diff(batch.query_starts).max())
+        choice = tiles.attention_tiles(self._model.head_dim, self._dtype.itemsize, most_queries)
         arrays: dict[str, npt.NDArray[np.generic]] = {
             "token_ids": batch.token_ids,
             "positions": batch.positions,
             "slots": batch.slots,
             "block_tables": batch.block_tables,
-            "query_tiles": attention.query_tiles(batch.query_starts, batch.positions, block_q),
+            "query_tiles": attention.query_tiles(batch.query_starts, batch.positions, choice.block_q),
             "row_ids": np.concatenate([batch.draw_rows, batch.logits_rows]).astype(np.int32),
             "previous_rows": np.full_like(batch.token_ids, -1) if batch.previous_rows is None else batch.previous_rows,
         }
@@ -191,10 +192,12 @@ class TritonStep:
         if batch.block_copies is not None:
             source, destination = inputs["block_copies"].unbind(1)
             self.cache[:, :, destination] = self.cache[:, :, source]
-        final = self._layers(inputs, block_q, int(batch.context_lens.max()))
+        final = self._layers(inputs, choice, int(batch.context_lens.max()))
         return self._outputs(final, inputs, batch)
 
-    def _layers(self, inputs: Mapping[str, torch.Tensor], block_q: int, longest: int) -> "linear.Norm":
+    def _layers(
+        self, inputs: Mapping[str, torch.Tensor], choice: "tiles.AttentionTiles", longest: int
+    ) -> "linear.Norm":
         """Embedding and blocks. The residual stream is then in buffer "x0"; returns the final norm with statistics."""
         model, dtype, get = self._model, self._dtype, self._buffers.get
         rows, width = len(inputs["token_ids"]), model.embed_dim
@@ -203,7 +206,7 @@ class TritonStep:
         q, attended = get("q", (rows, width), dtype), get("attended", (rows, width), dtype)
         hidden = get("hidden", (rows, model.hidden_dim), dtype)
         workspace = self._workspace(rows)
-        partials, counters = attention.scratch_sizes(len(inputs["query_tiles"]), self._paging, block_q, longest)
+        partials, counters = attention.scratch_sizes(len(inputs["query_tiles"]), self._paging, choice, longest)
         attention_partials = get("attention_partials", (partials,), torch.float32)
         attention_counters = get("attention_counters", (counters,), torch.int32)
         tok, eps = self.packed.tok_emb, model.norm_eps
@@ -220,7 +223,7 @@ class TritonStep:
             linear.linear(x0, *block.qkv, q, workspace, dtype=dtype, norm=norm1, cache=cache)
             attention.attention(
                 q, k, v, inputs["block_tables"], inputs["query_tiles"], attended, attention_partials,
-                attention_counters, self._paging, model.attn_scales[layer], block_q, longest,
+                attention_counters, self._paging, model.attn_scales[layer], choice, longest,
             )  # fmt: skip
             linear.linear(attended, *block.proj, x1, workspace, dtype=dtype, residual=after_attention)
             linear.linear(x1, *block.fc, hidden, workspace, dtype=dtype, norm=norm2, activation=model.activation)
