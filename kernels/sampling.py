@@ -35,28 +35,34 @@ def ordered_bits(x):
 
 
 @triton.jit
-def gumbel_noise(seed, first_id, position, sample_index, GROUPS: tl.constexpr, TILE: tl.constexpr):
-    """Gumbel noise of GROUPS * TILE vocabulary ids from ``first_id``, a multiple of 4: [GROUPS, TILE] float32.
+def gumbel_noise(seed, quads, position, sample_index, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Gumbel noise of 4 consecutive vocabulary ids for each of ``quads`` [ROWS, TILE / 4], id >> 2: [ROWS, TILE].
 
-    The word r of an id becomes u = (r + 1/2) / 2**32, E = -log(1 - u), as a series below 1e-3, and g = -log(E).
+    The other arguments are scalars or [ROWS, 1]. The word r of an id becomes u = (r + 1/2) / 2**32, E = -log(1 - u),
+    as a series below 1e-3, and g = -log(E).
     """
-    quads = tl.arange(0, GROUPS)[:, None] * (TILE // 4) + tl.arange(0, TILE // 4)[None, :]
-    counter = (first_id // 4 + quads).to(tl.uint32)  # [GROUPS, TILE / 4]
+    counter = quads.to(tl.uint32)
     zero = counter * 0
     w0, w1, w2, w3 = tl.philox(seed, counter, zero + position, zero + sample_index, zero)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [GROUPS, TILE])
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, TILE])
     u = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = u + u * u / 2.0 + u * u * u / 3.0
     return -tl.log(tl.where(u < 1e-3, series, -tl.log(tl.maximum(1.0 - u, 2.3283064365386963e-10))))
 
 
 @triton.jit
-def tile_mass(x, row_maximum, GROUPS: tl.constexpr, TILE: tl.constexpr):
-    """Sum of exp(x - row_maximum) of x [GROUPS, TILE], by its own tile's maximum first: [GROUPS]."""
+def tile_mass(x, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Maximum of each row of x [ROWS, TILE], and sum of exp(x - maximum): ([ROWS], [ROWS])."""
     top = tl.max(x, axis=1)
     safe = tl.where(top == float("-inf"), 0.0, top)
-    mass = tree_sum(tl.exp(x - safe[:, None]), GROUPS, TILE)
-    return mass * tl.exp(top - row_maximum)
+    return top, tree_sum(tl.exp(x - safe[:, None]), ROWS, TILE)
+
+
+@triton.jit
+def add_masses(total, top, mass, maximum, GROUPS: tl.constexpr):
+    """``total`` plus the masses [GROUPS] of consecutive tiles, taken from their own maxima to ``maximum``."""
+    scaled = tl.reshape(mass * tl.exp(top - maximum), [1, GROUPS])
+    return total + tl.max(tree_sum(scaled, 1, GROUPS))
 
 
 @triton.jit
@@ -180,8 +186,8 @@ def _sampling_tile(
     for first_id in range(0, V, GROUPS * TILE):
         ids = first_id + span
         raw = tl.load(raw_ptr + ids, mask=ids < V, other=float("-inf"))
-        tiles = tile_mass(raw, raw_max, GROUPS, TILE)
-        raw_mass += tl.max(tree_sum(tl.reshape(tiles, [1, GROUPS]), 1, GROUPS))
+        top, mass = tile_mass(raw, GROUPS, TILE)
+        raw_mass = add_masses(raw_mass, top, mass, raw_max, GROUPS)
 
     source_ptr = raw_ptr
     if HAS_COUNTS or HAS_BIAS:
@@ -230,11 +236,12 @@ def _sampling_tile(
         seed = tl.load(seed_ptr + row)
         position = tl.load(position_ptr + row).to(tl.uint32, bitcast=True)
         sample_index = tl.load(sample_index_ptr + row).to(tl.uint32, bitcast=True)
+        quads = tl.arange(0, GROUPS)[:, None] * (TILE // 4) + tl.arange(0, TILE // 4)[None, :]
         best = float("-inf")
         for first_id in range(0, V, GROUPS * TILE):
             x = _options_applied(source_ptr, allowed_ptr, temperature, first_id, V, HAS_ALLOWED, GROUPS, TILE)
             kept = (ordered_bits(x) >= floor) & (tl.exp(x - maximum) >= min_p)
-            score = x + gumbel_noise(seed, first_id, position, sample_index, GROUPS, TILE)
+            score = x + gumbel_noise(seed, first_id // 4 + quads, position, sample_index, GROUPS, TILE)
             best, best_id = _best(tl.where(kept, score, float("-inf")), first_id + span, best, best_id)
     token = tl.where(status == 0, best_id, 0)
 

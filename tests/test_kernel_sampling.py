@@ -194,8 +194,10 @@ def test_any_options(vocab: int, seed: int, heat: float, k: int, p: float, min_p
 @triton.jit
 def _noise_kernel(seed_ptr, out_ptr, first, position, sample):
     span = tl.arange(0, 4)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    quads = first // 4 + tl.arange(0, 4)[:, None] * 16 + tl.arange(0, 16)[None, :]
     position = tl.full([], position, tl.uint32)
-    tl.store(out_ptr + span, gumbel_noise(tl.load(seed_ptr), first, position, tl.full([], sample, tl.uint32), 4, 64))
+    sample = tl.full([], sample, tl.uint32)
+    tl.store(out_ptr + span, gumbel_noise(tl.load(seed_ptr), quads, position, sample, 4, 64))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 12345, 2**64 - 1])

@@ -214,12 +214,12 @@ def test_sampled_tokens_and_logprobs_are_those_of_the_torch_backend() -> None:
 
 def test_a_neighbour_that_wants_top_k_changes_no_logprob() -> None:
     driver = Driver(backend())
-    alone = driver.run([(driver.sequence(20), tokens(9))], greedy(1, num_logprobs=3))
+    alone = driver.run([(driver.sequence(20), tokens(9))], greedy(1))  # no logits in memory
     options = greedy(2, num_logprobs=3, top_k=np.array([0, 5], np.int32), temperature=np.array([0, 1], np.float32))
     beside = driver.run([(driver.sequence(20), tokens(9)), (driver.sequence(20), tokens(12))], options)
     assert alone.token_ids[0] == beside.token_ids[0]
     assert alone.logprobs[0].tobytes() == beside.logprobs[0].tobytes()
-    assert alone.top_logprobs[0].tobytes() == beside.top_logprobs[0].tobytes()
+    assert alone.ranks[0] == beside.ranks[0] == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -262,9 +262,14 @@ def test_decode_is_five_launches_a_layer_and_three_outside(monkeypatch: pytest.M
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
-    driver.run([(s, [1]) for s, _ in parts], greedy(2))
     layer = ["_linear_kernel", "_attention_kernel", "_linear_kernel", "_linear_kernel", "_linear_kernel"]
-    assert launched == ["_embedding_kernel", *layer * MODEL.n_layers, "_logits_kernel", "_sampling_kernel"]
+    for options, end in (
+        (greedy(2), ["_head_sample_kernel"]),
+        (greedy(2, temperature=np.ones(2, np.float32)), ["_logits_kernel", "_sampling_kernel"]),
+    ):
+        launched.clear()
+        driver.run([(s, [1]) for s, _ in parts], options)
+        assert launched == ["_embedding_kernel", *layer * MODEL.n_layers, *end]
 
 
 def test_new_weights_and_capacity() -> None:

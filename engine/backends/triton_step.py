@@ -14,7 +14,7 @@ import torch
 
 from engine.backends.base import Batch, SamplingBatch, Sparse
 from engine.config import ModelConfig
-from kernels import attention, embedding, linear, logits, sampling, tiles, weights
+from kernels import attention, embedding, head_sample, linear, logits, sampling, tiles, weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +249,13 @@ class TritonStep:
             return StepTensors(None, None)
         rows, width = len(inputs["token_ids"]), self._model.embed_dim
         x = self._buffers.get("x0", (rows, width), torch.float32)
+        if batch.sampling is not None and not asked and _only_greedy(batch.sampling):
+            drawn = self._new_drawn(draws, 0)
+            head_sample.head_sample(
+                x, self.packed.head, final, inputs["row_ids"], _options(inputs, batch.sampling), drawn,
+                self._head_scratch(draws), self._dtype,
+            )  # fmt: skip
+            return StepTensors(drawn, None)
         shape = (draws + asked, _aligned(vocab_size))
         if asked:  # the caller keeps them
             y = torch.empty(shape, dtype=torch.float32, device=self._device)[:, :vocab_size]
@@ -261,22 +268,41 @@ class TritonStep:
 
     def _draw(self, y: torch.Tensor, inputs: Mapping[str, torch.Tensor], batch: SamplingBatch) -> "sampling.Drawn":
         draws, vocab_size = y.shape
-        top = min(batch.num_logprobs, vocab_size)
-        tokens, ranks, status = torch.empty((3, _aligned(draws)), dtype=torch.int32, device=self._device)[:, :draws]
-        logprobs = torch.empty(draws, dtype=torch.float32, device=self._device)
-        top_ids = torch.empty((draws, top), dtype=torch.int32, device=self._device)
-        top_logprobs = torch.empty((draws, top), dtype=torch.float32, device=self._device)
-        drawn = sampling.Drawn(tokens, logprobs, ranks, status, top_ids, top_logprobs)
+        drawn = self._new_drawn(draws, min(batch.num_logprobs, vocab_size))
         edited = batch.output_counts is not None or batch.logit_bias is not None
         scratch = self._buffers.get("scratch", (draws, vocab_size), torch.float32) if edited else y
         sampling.sampling(y, _options(inputs, batch), drawn, scratch)
-        self._drawn_ids = drawn.tokens
         return drawn
+
+    def _new_drawn(self, draws: int, top: int) -> "sampling.Drawn":
+        """Where this step's drawn tokens go; the next step may take them from there."""
+
+        def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+
+        tokens, ranks, status = empty(torch.int32, 3, _aligned(draws))[:, :draws]
+        logprobs, top_logprobs = empty(torch.float32, draws), empty(torch.float32, draws, top)
+        self._drawn_ids = tokens
+        return sampling.Drawn(tokens, logprobs, ranks, status, empty(torch.int32, draws, top), top_logprobs)
+
+    def _head_scratch(self, draws: int) -> "head_sample.HeadScratch":
+        count, get = draws * tiles.cdiv(self._model.vocab_size, tiles.VOCAB_TILE), self._buffers.get
+        return head_sample.HeadScratch(
+            get("head_floats", (4 * _aligned(count),), torch.float32),
+            get("head_ids", (count,), torch.int32),
+            get("head_counters", (draws,), torch.int32),
+        )
 
     @property
     def num_drawn(self) -> int:
         """How many tokens the step before drew: what ``previous_rows`` may point to."""
         return len(self._drawn_ids)
+
+
+def _only_greedy(batch: SamplingBatch) -> bool:
+    """Whether every row takes its largest logit as it is, so that its rank is 1 and no logits are needed."""
+    edits = (batch.output_counts, batch.logit_bias, batch.allowed)
+    return not batch.temperature.any() and not batch.num_logprobs and all(edit is None for edit in edits)
 
 
 def _sampling_arrays(batch: SamplingBatch) -> dict[str, npt.NDArray[np.generic]]:
