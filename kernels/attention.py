@@ -169,7 +169,7 @@ def _attention_tile(
             tl.store(out_ptr + rows[:, None] * out_stride + columns[None, :], out, mask=mask)
 
 
-@triton.jit(do_not_specialize=["split_programs"])
+@triton.jit(do_not_specialize=["split_programs", "table_stride"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, tiles_ptr, out_ptr, partial_ptr, counter_ptr, split_programs, scale, q_stride,
     table_stride, out_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,

@@ -52,6 +52,29 @@ def compile_target(target: str, models: list[str], dtypes: list[str], kinds: lis
     return rows
 
 
+def table(target: str, manifest: dict[str, Any], model: str = "gpt2") -> str:
+    """The manifest's rows of one model on one target, in Markdown."""
+    lines = [
+        "| launch | tile | registers | spills | shared | occupancy | 128-bit loads | tensor core |",
+        "|" + "---|" * 8,
+    ]
+    for row in manifest["targets"][target]:
+        if row["model"] != model:
+            continue
+        given = row["arguments"]
+        parts = [
+            f"{given[name]} {what}" for name, what in (("BLOCK_T", "rows"), ("BLOCK_Q", "queries")) if name in given
+        ]
+        if given.get("FUSED") and given.get("SPLITS", 2) > 1:
+            parts.append("splits in one program")
+        parts += [name[4:].lower() for name in ("HAS_COUNTS", "HAS_ALLOWED") if given.get(name)]
+        lines.append(
+            f"| {row['launch']} | {', '.join(parts)} | {row['registers']} | {row['spills']} | {row['shared']} "
+            f"| {row['occupancy']:.0%} | {row['wide_share']:.0%} | {row['family']} |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     from kernels.launches import MODELS
@@ -75,7 +98,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--weights", type=listed(("float", "int8", "int4"), "kind"), default=["float"])
     parser.add_argument("--output", type=Path, help="where the manifest goes; default: standard output")
+    parser.add_argument(
+        "--table", choices=list(TARGETS), help="print the committed manifest's table for gpt2, and stop"
+    )
     args = parser.parse_args(arguments)
+    if args.table is not None:
+        print(table(args.table, json.loads(MANIFEST.read_text())))
+        return 0
     if len(args.targets) == 1:
         os.environ.pop("TRITON_INTERPRET", None)
         targets = {args.targets[0]: compile_target(args.targets[0], args.models, args.dtypes, args.weights)}

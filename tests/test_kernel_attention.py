@@ -190,3 +190,19 @@ def test_splits_follow_the_model() -> None:
     assert split_kv(12, 1024) == 64
     assert split_kv(25, 1024) == 128
     assert split_kv(1, 64) == 64
+
+
+def test_offsets_past_2_to_the_31() -> None:
+    """A cache of more than 2**31 elements, of which one block's pages alone are touched, is read at the right place."""
+    shape = paging(16, 64)
+    blocks = 2**31 // (shape.heads * shape.block_size * shape.head_dim) + 3
+    k, v = (torch.empty((blocks, 16, 16, 64), dtype=torch.float16) for _ in range(2))
+    case = make([9], shape, torch.float16)
+    for big, small in ((k, case.k), (v, case.v)):
+        big[blocks - 1] = small[int(case.tables[0, 0])]
+    case.tables[0, 0] = blocks - 1
+    expected = oracle(case, 0, 8, 9)
+    case.k, case.v = k, v
+    for many in (False, True):
+        out = Launch(case, [(0, 8, 9)], many).run()
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-3)

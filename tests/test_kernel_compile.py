@@ -97,7 +97,7 @@ def batch(counts, temperature, logits):
     total = sum(counts)
     starts = np.cumsum([0, *counts]).astype(np.int32)
     return Batch(np.zeros(total, np.int32), np.concatenate([np.arange(c) for c in counts]).astype(np.int32),
-                 np.zeros(total, np.int64), starts, np.array(counts, np.int32), np.zeros((len(counts), 64), np.int32),
+                 np.zeros(total, np.int64), starts, np.array(counts, np.int32), np.zeros((len(counts), max(counts) // 16 + 1 + len(counts) % 3), np.int32),
                  starts[1:] - 1, np.arange(logits, dtype=np.int32), sampling)
 
 def run(counts, temperature=1.0, logits=0):

@@ -242,3 +242,19 @@ def test_refuses() -> None:
         pack(torch.ones(2, 2), torch.float16, "int3")
     with pytest.raises(ValueError, match="got 48"):
         pack(torch.ones(2, 2), torch.float16, "int4", group=48)
+
+
+def test_slots_past_2_to_the_31_elements() -> None:
+    """A cache of more than 2**31 elements, of which the last block's pages alone are touched."""
+    heads, head_dim, block_size, dtype = 16, 64, 16, torch.float16
+    width, blocks = heads * head_dim, 2**31 // (heads * head_dim * block_size) + 3
+    case, space = make(1, 3 * width, width, dtype), workspace(1, 3 * width, width, dtype)
+    k, v = (torch.empty((blocks, heads, block_size, head_dim), dtype=dtype) for _ in range(2))
+    k[-1], v[-1] = torch.nan, torch.nan
+    q, slots = torch.empty(1, width, dtype=dtype), torch.tensor([blocks * block_size - 1])
+    linear(case.x, case.weights, case.bias, q, space, dtype=dtype, cache=KVCache(k, v, slots))
+    expected = F.linear(case.x.double(), unpack(case.weights).double(), case.bias.double())[0]
+    for part, cache in ((1, k), (2, v)):
+        written = cache[-1, :, -1].flatten().double()
+        torch.testing.assert_close(written, expected[part * width : (part + 1) * width], rtol=0, atol=5e-3)
+        assert cache[-1, :, :-1].isnan().all()

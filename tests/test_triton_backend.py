@@ -3,37 +3,23 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 
 import kernel_harness as harness
 import numpy as np
 import pytest
 import torch
+from backend_driver import BLOCK, Driver, Running, greedy, random_weights, tokens
 
 from engine.backends import registry
-from engine.backends.base import Backend, Batch, SamplingBatch, StepOutput
+from engine.backends.base import Batch
 from engine.backends.torch_backend import TorchBackend
 from engine.backends.triton_backend import TritonBackend, TritonInterpretBackend
-from engine.checkpoints.canonical import canonical_shapes, to_reference
+from engine.checkpoints.canonical import to_reference
 from engine.config import ModelConfig
 from engine.reference import GPTModel, generate_greedy
 from kernels import tiles
 
 MODEL = ModelConfig(vocab_size=97, context_length=150, embed_dim=80, n_heads=4, n_layers=2, hidden_dim=130)
-BLOCK = 16
-
-
-def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in canonical_shapes(model).items():
-        values = torch.randn(shape, generator=generator)
-        scale = {"weight": shape[-1] ** -0.5, "bias": 0.1}.get(name.rpartition(".")[2], 0.3)
-        weights[name] = values * 0.1 + 1 if "norm" in name and name.endswith("weight") else values * scale
-    if model.tied_head:
-        weights["head"] = weights["tok_emb"]
-    return weights
 
 
 def reference(model: ModelConfig = MODEL) -> GPTModel:
@@ -44,78 +30,6 @@ def backend(model: ModelConfig = MODEL, dtype: str = "float32", blocks: int = 60
     made = TritonInterpretBackend(model, random_weights(model), dtype=dtype, device="cpu", block_size=BLOCK)
     made.allocate(blocks)
     return made
-
-
-def tokens(count: int, seed: int = 0, vocab_size: int = MODEL.vocab_size) -> list[int]:
-    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
-
-
-@dataclass
-class Sequence_:
-    """A sequence with its blocks, scattered over the cache, and how much of it has run."""
-
-    blocks: list[int]
-    done: int = 0
-
-
-@dataclass
-class Driver:
-    """Builds batches by hand: which tokens of which sequence run, and of which rows to return logits or draw."""
-
-    backend: Backend
-    free: list[int] = field(default_factory=lambda: np.random.default_rng(1).permutation(60).tolist())
-
-    def sequence(self, length: int) -> Sequence_:
-        return Sequence_([self.free.pop() for _ in range(-(-length // BLOCK))])
-
-    def batch(self, parts: Sequence[tuple[Sequence_, Sequence[int]]], draw: SamplingBatch | None = None) -> Batch:
-        counts = [len(ids) for _, ids in parts]
-        starts = np.cumsum([0, *counts]).astype(np.int32)
-        positions = np.concatenate([np.arange(s.done, s.done + len(ids)) for s, ids in parts]).astype(np.int32)
-        tables = np.full((len(parts), max(len(s.blocks) for s, _ in parts)), 10**6, np.int32)
-        slots = []
-        for row, (s, ids) in enumerate(parts):
-            tables[row, : len(s.blocks)] = s.blocks
-            slots += [s.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(s.done, s.done + len(ids))]
-            s.done += len(ids)
-        for row, (s, _) in enumerate(parts):
-            tables[row, -(-s.done // BLOCK) :] = 10**6  # past the last block: must not be read
-        return Batch(
-            token_ids=np.concatenate([ids for _, ids in parts]).astype(np.int32),
-            positions=positions,
-            slots=np.array(slots, np.int64),
-            query_starts=starts,
-            context_lens=np.array([s.done for s, _ in parts], np.int32),
-            block_tables=tables,
-            draw_rows=(starts[1:] - 1 if draw is not None else np.empty(0)).astype(np.int32),
-            logits_rows=np.arange(starts[-1] if draw is None else 0, dtype=np.int32),
-            sampling=draw,
-        )
-
-    def run(self, parts: Sequence[tuple[Sequence_, Sequence[int]]], draw: SamplingBatch | None = None) -> StepOutput:
-        return self.backend.collect(self.backend.submit(self.batch(parts, draw)))
-
-    def logits(self, parts: Sequence[tuple[Sequence_, Sequence[int]]]) -> torch.Tensor:
-        logits = self.run(parts).logits
-        assert logits is not None
-        return logits
-
-    def in_chunks(self, ids: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
-        """Logits of a whole sequence, run in chunks that end at ``cuts``."""
-        s = self.sequence(len(ids))
-        edges = [0, *cuts, len(ids)]
-        return torch.cat([self.logits([(s, ids[a:b])]) for a, b in pairwise(edges)])
-
-
-def greedy(rows: int, **changes: object) -> SamplingBatch:
-    zeros, ones = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-    neutral = {
-        "temperature": zeros, "top_k": np.zeros(rows, np.int32), "top_p": ones, "min_p": zeros,
-        "seeds": np.arange(rows, dtype=np.uint64), "positions": np.zeros(rows, np.uint32),
-        "sample_index": np.zeros(rows, np.uint32), "num_logprobs": 0, "presence_penalty": zeros,
-        "frequency_penalty": zeros, "repetition_penalty": ones,
-    }  # fmt: skip
-    return SamplingBatch(**(neutral | changes))  # type: ignore[arg-type]
 
 
 def oracle(ids: Sequence[int], model: ModelConfig = MODEL) -> torch.Tensor:
@@ -149,7 +63,7 @@ def test_chunks_decode_and_mixtures_are_the_reference_and_the_same_bits() -> Non
     torch.testing.assert_close(whole.double(), oracle(ids), rtol=0, atol=1e-4)
     for cuts in ([70], [5, 21, 100], [64, 128], range(134, 140)):
         assert harness.same_bits(driver.in_chunks(ids, cuts), whole)
-        driver.free = Driver(driver.backend).free
+        driver.release()
     a, b, c = driver.sequence(140), driver.sequence(80), driver.sequence(1)
     driver.run([(a, ids[:100])])
     mixed = driver.logits([(b, tokens(70, 5)), (a, ids[100:120]), (c, [7])])
@@ -304,7 +218,7 @@ def test_refuses_what_it_does_not_have() -> None:
         ("logits row 1", {"logits_rows": np.array([1], np.int32)}),
         ("row of the step before 5", {"previous_rows": np.array([5], np.int32)}),
     ):
-        batch = driver.batch([(Sequence_([0]), [1])])
+        batch = driver.batch([(Running([0]), [1])])
         with pytest.raises(ValueError, match=what):
             driver.backend.submit(Batch(**{n: getattr(batch, n) for n in batch.__slots__} | change))
 
