@@ -2,8 +2,8 @@
 
 Parts run alone or together (``--part`` or the environment's PART): conformance, invariance, bench. Each writes its
 results into one JSON file as it ends, and a part that is there already, made by the same versions on the same device,
-is not run again without ``--again``. ``--backend triton-interpret --tiny`` takes every path on a CPU, in a minute or so.
-It needs torch, triton, numpy and this repository, nothing else, and no network.
+is not run again without ``--again``. ``--backend triton-interpret --tiny`` takes every path on a CPU, in a minute or
+so. It needs torch, triton, numpy and this repository, nothing else, and no network.
 """
 
 import argparse

@@ -96,8 +96,9 @@ def batch(counts, temperature, logits):
                              f(0), f(0), f(1))
     total = sum(counts)
     starts = np.cumsum([0, *counts]).astype(np.int32)
+    tables = np.zeros((len(counts), max(counts) // 16 + 1 + len(counts) % 3), np.int32)
     return Batch(np.zeros(total, np.int32), np.concatenate([np.arange(c) for c in counts]).astype(np.int32),
-                 np.zeros(total, np.int64), starts, np.array(counts, np.int32), np.zeros((len(counts), max(counts) // 16 + 1 + len(counts) % 3), np.int32),
+                 np.zeros(total, np.int64), starts, np.array(counts, np.int32), tables,
                  starts[1:] - 1, np.arange(logits, dtype=np.int32), sampling)
 
 def run(counts, temperature=1.0, logits=0):
