@@ -203,6 +203,7 @@ def head_sample(
     padded = cdiv(num_rows * count, 16) * 16  # each part starts where the compiler likes it
     tops, masses, scores, raws = scratch.floats[: 4 * padded].view(4, padded)
     scales = norm.weight if weights.scales is None else weights.scales
+    num_warps = 8 if tiles.block_t == 64 else tiles.num_warps  # with 4, sm_80 spills
     _head_sample_kernel[(count * cdiv(num_rows, tiles.block_t),)](
         x, weights.data, scales, norm.weight, norm.bias, norm.mean, norm.rstd, row_ids, options.temperature,
         options.seeds, options.positions, options.sample_index,
@@ -211,7 +212,7 @@ def head_sample(
         weights.data.stride(0), 0 if weights.scales is None else scales.stride(0),
         N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
         HAS_ALLOWED=options.allowed is not None, GROUPS=vocab_groups(n), BLOCK_N=VOCAB_TILE,
-        BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, **launch_options(tiles.num_warps, tiles.num_stages),
+        BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, **launch_options(num_warps, tiles.num_stages),
     )  # fmt: skip
 
 

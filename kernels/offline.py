@@ -22,7 +22,7 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB a program may use
 REGISTERS = 65536  # of a multiprocessor
 THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536, "gfx942": 2048}
-LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E(\S*)|\bglobal_load_(\w+)|\bbuffer_load_(\w+)")
+LOAD = re.compile(r"\b(LDGSTS|LDG)\.E(\S*)|\bglobal_load_(\w+)|\bbuffer_load_(\w+)")
 WIDTHS = {"128": 16, "dwordx4": 16, "64": 8, "dwordx2": 8, "U16": 2, "ushort": 2, "U8": 1, "ubyte": 1}  # else 4 bytes
 FAMILIES = {"wgmma": r"\b[HIQ]GMMA\.", "tcgen05": r"\bUTC[A-Z]*MMA", "mma.sync": r"\b[HIQ]MMA\.", "mfma": r"v_mfma_"}
 
@@ -177,9 +177,14 @@ def machine_code(target: str, compiled: Any) -> tuple[str, int, int]:
     return text, count["vgpr_count"], count["vgpr_spill_count"]
 
 
-def _wide_share(target: str, text: str) -> float:
-    """Of the bytes that the global loads in the code fetch for a thread, the share that comes 128 bits at a time."""
-    sizes = [next((n for mark, n in WIDTHS.items() if mark in "".join(found)), 4) for found in LOAD.findall(text)]
+def _wide_share(text: str) -> float:
+    """Of the bytes that the loads in the code fetch for a thread, the share that comes 128 bits at a time.
+
+    Where there are asynchronous copies to shared memory, those alone count: weights and K and V come by them.
+    """
+    loads = LOAD.findall(text)
+    copies = [found for found in loads if found[0] == "LDGSTS"]
+    sizes = [next((n for mark, n in WIDTHS.items() if mark in "".join(found[1:])), 4) for found in copies or loads]
     return sum(size for size in sizes if size == 16) / max(1, sum(sizes))
 
 
@@ -202,7 +207,7 @@ def examine(target: str, name: str, compiled: Any, arguments: dict[str, Any]) ->
         spills=spills,
         shared=metadata.shared,
         occupancy=round(min(1.0, min(by_registers, by_shared) * threads / THREADS[target]), 3),
-        wide_share=round(_wide_share(target, text), 3),
+        wide_share=round(_wide_share(text), 3),
         family="+".join(found) or "none",
         layout=" ".join(sorted(set(layouts))),
     )
