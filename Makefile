@@ -4,6 +4,9 @@
 # make test-fast        the edit-test loop: what takes more than a few seconds is left out
 # make lint             ruff and mypy
 # make sanitize         the native backend's tests under AddressSanitizer, UBSan and ThreadSanitizer (GCC, Linux)
+# make mutate           break the kernels on purpose; the tests must notice
+# make manifest         compile every kernel for every target, with no GPU; kernels/manifest.json
+# make gpu-check        is the triton backend right and fast on this machine's GPU? PART=conformance|invariance|bench
 # ARGS="..." adds options: make bench ARGS="--preset gpt2 --prompt-len 448"
 
 PYTHON ?= python3
@@ -12,7 +15,7 @@ WORKERS ?= 2
 ARGS ?=
 COMMA := ,
 
-.PHONY: bench test test-fast lint sanitize clean
+.PHONY: bench test test-fast lint sanitize mutate manifest gpu-check clean
 
 bench: .venv/.installed
 	$(BIN)/python -m engine.bench $(ARGS)
@@ -27,6 +30,15 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutate: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(ARGS)
+
+manifest: .venv/.installed
+	$(BIN)/python -m kernels.compile --output kernels/manifest.json $(ARGS)
+
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(ARGS)
 
 # Each build is a copy of the package in build/; Python itself is not instrumented, so the runtime is preloaded. Python
 # never frees everything: leaks are watched by a test instead. What reads the machine code is left out.

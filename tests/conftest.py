@@ -1,7 +1,11 @@
 """What every test runs under."""
 
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: one process has one mode
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,5 +1,6 @@
 """Which backends there are, and which one ``auto`` takes and why."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,24 @@ def _load_native() -> type[Backend]:
     return NativeBackend
 
 
-BACKENDS: dict[str, Callable[[], type[Backend]]] = {"native": _load_native, "torch": _load_torch}
+def _load_triton() -> type[Backend]:
+    from engine.backends.triton_backend import TritonBackend
+
+    return TritonBackend
+
+
+def _load_triton_interpret() -> type[Backend]:
+    from engine.backends.triton_backend import TritonInterpretBackend
+
+    return TritonInterpretBackend
+
+
+BACKENDS: dict[str, Callable[[], type[Backend]]] = {
+    "native": _load_native,
+    "torch": _load_torch,
+    "triton": _load_triton,
+    "triton-interpret": _load_triton_interpret,
+}
 """Name -> a function that imports the adapter, so that naming a backend does not load the others."""
 
 
@@ -43,6 +61,10 @@ def missing(name: str) -> str | None:
             load_extension()
         except ValueError as error:
             return str(error)
+    if name.startswith("triton") and importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it has wheels for Linux only)"
+    if name == "triton" and not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
     return None
 
 
@@ -66,8 +88,8 @@ def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto") -> 
     where, device_reason = default_device()
     if device != "auto":
         where, device_reason = device, "asked for"
-    elif backend == "native":
-        where, device_reason = "cpu", "the only one that native runs on"
+    elif backend != "auto" and where not in BACKENDS[backend]().devices:
+        where, device_reason = BACKENDS[backend]().devices[0], f"the one that {backend} runs on"
     name, reason = (backend, "asked for") if backend != "auto" else _fastest(dtype, where)
     reasons = [f"{name}: {reason}", f"{where}: {device_reason}"]
     if dtype == "auto":

@@ -1,0 +1,192 @@
+"""The Triton backends: ``triton`` on a GPU, and ``triton-interpret``, the same kernels on a CPU, to prove and to read.
+
+A row's bits are the same in any batch and any chunking. The residual stream, statistics, softmax, accumulation and
+logits are in float32 whatever the storage type.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.backends.base import Backend, Batch, Capacity, StepOutput, check_choice
+from engine.backends.torch_backend import available_memory
+from engine.config import ModelConfig
+
+if TYPE_CHECKING:
+    from engine.backends.triton_step import StepTensors
+
+MAX_WIDTH, MAX_HEAD_DIM = 8192, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """A submitted step: tensors on their way to the host, and the event after which they are there."""
+
+    tensors: "StepTensors"
+    on_host: dict[str, torch.Tensor]
+    event: Any
+
+
+class TritonBackend(Backend):
+    """See ``Backend``. On NVIDIA and AMD GPUs; a step is queued by ``submit`` and waited for by ``collect``."""
+
+    name: ClassVar[str] = "triton"
+    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    batch_invariant: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        dtype: str,
+        device: str,
+        block_size: int,
+        threads: int | None = None,
+        memory_fraction: float = 0.9,
+    ) -> None:
+        check_choice("dtype", dtype, self.dtypes, self.name)
+        check_choice("device", device.partition(":")[0], self.devices, self.name)
+        if model.embed_dim > MAX_WIDTH or model.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"the {self.name} backend accepts embed_dim up to {MAX_WIDTH} and head_dim up to {MAX_HEAD_DIM}, "
+                f"got {model.embed_dim} and {model.head_dim}"
+            )
+        self._prepare()
+        from engine.backends import triton_step
+
+        self._model = model
+        self._device = torch.device(device)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._block_size = block_size
+        self._memory_fraction = memory_fraction
+        packed = triton_step.pack_model(model, weights, self._dtype, self._device)
+        self._step = triton_step.TritonStep(model, packed, self._dtype, block_size)
+
+    def _prepare(self) -> None:
+        """Settle this process's Triton mode, or say why it cannot be."""
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "the triton backend needs a GPU and PyTorch sees none; use backend 'torch' on this machine, or "
+                "'triton-interpret' to run the same kernels, slowly, on the CPU"
+            )
+        _require_triton(self.name)
+        from kernels import interpreter
+
+        if interpreter.interpreting():
+            raise ValueError(
+                "TRITON_INTERPRET was set when triton was imported in this process, so kernels would be interpreted; "
+                "unset it and start again, or ask for 'triton-interpret'"
+            )
+
+    def update_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        from engine.backends import triton_step
+
+        self._step.packed = triton_step.pack_model(self._model, weights, self._dtype, self._device)
+
+    def capacity(self) -> Capacity:
+        from engine.backends import triton_step
+
+        item = self._dtype.itemsize
+        per_block = 2 * self._model.n_layers * self._block_size * self._model.embed_dim * item
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            free -= int((1 - self._memory_fraction) * total)
+        else:
+            free = int(available_memory() * self._memory_fraction)
+        return Capacity(triton_step.packed_bytes(self._step.packed), per_block, max(0, free))
+
+    def allocate(self, num_blocks: int) -> None:
+        self._step.allocate(num_blocks)
+
+    def submit(self, batch: Batch) -> Handle:
+        self._check_batch(batch)
+        with torch.inference_mode():
+            if self._device.type != "cuda":
+                tensors = self._step.run(batch)
+                return Handle(tensors, _drawn_tensors(tensors), None)
+            with torch.cuda.device(self._device):
+                tensors = self._step.run(batch)
+                on_host = {n: _to_pinned(t) for n, t in _drawn_tensors(tensors).items()}
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+        return Handle(tensors, on_host, event)
+
+    def collect(self, handle: Handle) -> StepOutput:
+        if handle.event is not None:
+            handle.event.synchronize()
+        wanted = handle.tensors.logits
+        if handle.tensors.drawn is None:
+            integers, floats = np.empty((0,), np.int32), np.empty((0,), np.float32)
+            return StepOutput(integers, floats, integers, integers[:, None], floats[:, None], wanted)
+        host = {name: tensor.numpy() for name, tensor in handle.on_host.items()}
+        _check_status(host["status"])
+        return StepOutput(
+            host["tokens"], host["logprobs"], host["ranks"], host["top_ids"], host["top_logprobs"], wanted
+        )
+
+    def _check_batch(self, batch: Batch) -> None:
+        num_blocks = self._step.cache.shape[2] if self._step.cache.dim() == 6 else 0
+        if len(batch.token_ids) == 0:
+            raise ValueError("the batch has no tokens")
+        _check_range("token id", batch.token_ids, 0, self._model.vocab_size)
+        _check_range("position", batch.positions, 0, self._model.context_length)
+        _check_range("slot", batch.slots, -1, num_blocks * self._block_size)
+        for table, length in zip(batch.block_tables, batch.context_lens, strict=True):
+            _check_range("block", table[: -(-int(length) // self._block_size)], 0, num_blocks)
+        for what, rows in (("drawn row", batch.draw_rows), ("logits row", batch.logits_rows)):
+            _check_range(what, rows, 0, len(batch.token_ids))
+        if batch.previous_rows is not None:
+            _check_range("row of the step before", batch.previous_rows, -1, self._step.num_drawn)
+        if batch.block_copies is not None:
+            _check_range("block to copy", batch.block_copies, 0, num_blocks)
+
+
+class TritonInterpretBackend(TritonBackend):
+    """The same kernels through Triton's corrected interpreter (``kernels/interpreter.py``): on a CPU, slowly."""
+
+    name: ClassVar[str] = "triton-interpret"
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    def _prepare(self) -> None:
+        _require_triton(self.name)
+        from kernels import interpreter
+
+        interpreter.install()
+
+
+def _require_triton(name: str) -> None:
+    from importlib.util import find_spec
+
+    if "triton" not in sys.modules and find_spec("triton") is None:
+        raise ValueError(f"the {name} backend needs the package triton (Linux only); use backend 'torch' instead")
+
+
+def _drawn_tensors(tensors: "StepTensors") -> dict[str, torch.Tensor]:
+    drawn = tensors.drawn
+    return {} if drawn is None else {name: getattr(drawn, name) for name in drawn.__slots__}
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _check_status(status: npt.NDArray[np.int32]) -> None:
+    """Refuse a step with a row from which no token could be drawn."""
+    for row in np.flatnonzero(status):
+        why = "hold NaN or +inf" if status[row] == 1 else "exclude every token"
+        raise ValueError(f"the logits of drawn row {row} {why}: no token can be drawn from them")
+
+
+def _check_range(what: str, values: npt.NDArray[np.integer], low: int, high: int) -> None:
+    bad = values[(values < low) | (values >= high)]
+    if bad.size:
+        raise ValueError(f"{what} {int(bad.flat[0])} is out of range: it must be in [{low}, {high})")

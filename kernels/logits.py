@@ -1,0 +1,127 @@
+"""Final LayerNorm and head, on the rows that need a token or whose logits are asked for: y = norm(x[rows]) W^T.
+
+One program does one [VOCAB_TILE, BLOCK_T] tile, weights as the M side of the tensor core, and walks the whole of K:
+the vocabulary makes enough programs without K splits. The rows' mean and 1/sigma are those that the last layer's
+projection left. Bytes: W once (again for every BLOCK_T rows, from L2), the rows once per vocabulary tile (from L2),
+the logits once, in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.cost import Cost
+from kernels.linear import TRITON_TYPES, Norm, split_product
+from kernels.tiles import VOCAB_TILE, cdiv, launch_options, logits_tiles
+from kernels.weights import Weights
+
+
+@triton.jit
+def logits_of_tile(
+    x_ptr,  # [T, K] float32
+    w_ptr,  # [N, K], or its quantised form
+    scale_ptr,
+    norm_weight_ptr,  # [K]
+    norm_bias_ptr,  # [K]
+    mean_ptr,  # [T] float32
+    rstd_ptr,  # [T] float32
+    row_ids_ptr,  # [R] int32
+    rows,  # [BLOCK_T]
+    row_mask,  # [BLOCK_T]
+    outs,  # [BLOCK_N] int64
+    x_stride,
+    w_stride,
+    scale_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The logits of one tile: [BLOCK_N, BLOCK_T] float32."""
+    x_rows = tl.load(row_ids_ptr + rows, mask=row_mask, other=0).to(tl.int64)
+    mean = tl.load(mean_ptr + x_rows, mask=row_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + x_rows, mask=row_mask, other=0.0)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    y = split_product(
+        x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, x_rows, row_mask, mean, rstd, outs, 0, x_stride,
+        w_stride, scale_stride, N, K, STEPS, True, WEIGHTS, GROUP, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
+    if WEIGHTS == "int8":
+        y *= tl.load(scale_ptr + outs, mask=outs < N, other=0.0)[:, None]
+    return y
+
+
+@triton.jit
+def _logits_tile(
+    pid, x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr,
+    y_ptr,  # [R, N] float32
+    num_rows, x_stride, w_stride, scale_stride, y_stride,
+    N: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row_blocks = tl.cdiv(num_rows, BLOCK_T)
+    outs = (pid // row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    rows = (pid % row_blocks) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    row_mask = rows < num_rows
+    y = logits_of_tile(
+        x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, rows, row_mask,
+        outs, x_stride, w_stride, scale_stride, N, K, WEIGHTS, GROUP, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
+    mask = (outs < N)[:, None] & row_mask[None, :]
+    tl.store(y_ptr + rows[None, :] * y_stride + outs[:, None], y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _logits_kernel(
+    x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, y_ptr,
+    num_rows, x_stride, w_stride, scale_stride, y_stride,
+    N: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    _logits_tile(
+        tl.program_id(0), x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr,
+        y_ptr, num_rows, x_stride, w_stride, scale_stride, y_stride, N, K, WEIGHTS, GROUP, DTYPE, BLOCK_N, BLOCK_T,
+        BLOCK_K,
+    )  # fmt: skip
+
+
+def logits(
+    x: torch.Tensor, weights: Weights, norm: Norm, row_ids: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """Write y [R, V] float32, the logits of the rows ``row_ids`` [R] int32 of x [T, D] float32.
+
+    Args:
+        weights: the head, [V, D].
+        norm: the final LayerNorm and the statistics of all T rows.
+        dtype: the storage type, in which the product's operands are.
+    """
+    num_rows, (n, k) = row_ids.shape[0], weights.shape
+    tiles = logits_tiles(num_rows, k, dtype.itemsize)
+    scales = norm.weight if weights.scales is None else weights.scales
+    _logits_kernel[(cdiv(n, VOCAB_TILE) * cdiv(num_rows, tiles.block_t),)](
+        x, weights.data, scales, norm.weight, norm.bias, norm.mean, norm.rstd, row_ids, y, num_rows,
+        x.stride(0), weights.data.stride(0), 0 if weights.scales is None else scales.stride(0), y.stride(0),
+        N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
+        BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
+        **launch_options(tiles.num_warps, tiles.num_stages),
+    )  # fmt: skip
+
+
+def cost(num_rows: int, weights: Weights, element_size: int) -> Cost:
+    """Bytes of one launch on ``num_rows`` different rows."""
+    n, k = weights.shape
+    x_bytes = num_rows * (k * 4 + 12)
+    return Cost(
+        weights=weights.nbytes + 2 * k * element_size,
+        reads=x_bytes,
+        writes=num_rows * n * 4,
+        flops=2 * num_rows * n * k,
+        rereads={
+            "weights": weights.nbytes * (cdiv(num_rows, logits_tiles(num_rows, k, element_size).block_t) - 1),
+            "x": x_bytes * (cdiv(n, VOCAB_TILE) - 1),
+        },
+    )

@@ -1,0 +1,225 @@
+"""How kernels are tested without a GPU: guarded buffers, any order of programs, every address recorded.
+
+Import this before anything imports Triton: it chooses the interpreter, and puts the correction in.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from triton.runtime.interpreter import InterpreterBuilder
+
+from kernels import interpreter
+
+interpreter.install()
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ORDERS = ("forward", "reverse", "shuffled")
+SECTOR = 32  # bytes that a GPU moves at once
+GUARD = 64  # elements before, after and between the rows of a guarded tensor
+
+
+def guarded(shape: Sequence[int], dtype: torch.dtype, fill: float | None = None, gap: int = GUARD) -> torch.Tensor:
+    """A tensor whose rows have ``gap`` elements of poison around them; NaN-filled (integers: -1) unless told.
+
+    The last dimension is contiguous, the others are strided by the padded row.
+    """
+    poison = torch.nan if dtype.is_floating_point else -1
+    rows, width = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
+    whole = torch.full((rows + 2, width + gap), poison, dtype=dtype)
+    whole.view(torch.uint8)[:] = 0xFF  # a NaN in every float format here, -1 in every integer
+    view = whole[1:-1, :width].unflatten(0, shape[:-1]) if len(shape) > 1 else whole[1, :width]
+    view.fill_(poison if fill is None else fill)
+    return view
+
+
+def guarded_like(values: torch.Tensor, dtype: torch.dtype | None = None, gap: int = GUARD) -> torch.Tensor:
+    """A guarded copy of ``values``."""
+    return guarded(values.shape, dtype or values.dtype, gap=gap).copy_(values)
+
+
+def element_addresses(tensor: torch.Tensor) -> np.ndarray:
+    """Sorted byte addresses of every element of a tensor, of any strides."""
+    offsets = np.zeros((), dtype=np.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets[..., None] + np.arange(size, dtype=np.int64) * stride
+    return np.unique(offsets.ravel() * tensor.element_size() + tensor.data_ptr())
+
+
+@dataclass
+class Trace:
+    """What the programs of the launches inside ``recording`` touched: (program, is it a write, addresses, bytes)."""
+
+    touches: list[tuple[int, bool, np.ndarray, int]] = field(default_factory=list)
+    program: int = -1
+
+    def _addresses(self, write: bool, tensor: torch.Tensor | None = None) -> list[np.ndarray]:
+        """Byte addresses of each touch, those inside ``tensor``'s extent only."""
+        found = []
+        for _, wrote, addresses, size in self.touches:
+            if wrote is write:
+                found.append((addresses[:, None] + np.arange(size)).ravel())
+        if tensor is not None:
+            elements = element_addresses(tensor)
+            low, high = elements[0], elements[-1] + tensor.element_size()
+            found = [a[(a >= low) & (a < high)] for a in found]
+        return found
+
+    def bytes(self, write: bool, *tensors: torch.Tensor) -> int:
+        """Unique bytes read (or written) of these tensors together, all tensors if none is given."""
+        parts = [a for tensor in tensors or (None,) for a in self._addresses(write, tensor)]
+        return len(np.unique(np.concatenate(parts))) if parts else 0
+
+    def sectors(self, tensor: torch.Tensor) -> float:
+        """Bytes of the 32-byte sectors that the reads of ``tensor`` touch, over the bytes read, both unique."""
+        parts = self._addresses(False, tensor)
+        unique = np.unique(np.concatenate(parts)) - tensor.data_ptr()
+        return len(np.unique(unique // SECTOR)) * SECTOR / len(unique)
+
+    def check(self, tensors: Sequence[torch.Tensor], shared: Sequence[torch.Tensor] = ()) -> None:
+        """Every touch is an element of one of ``tensors`` or ``shared``; only ``shared`` is written across programs."""
+        addresses = np.concatenate([a for _, _, a, _ in self.touches])
+        programs = np.concatenate([np.full(len(a), program) for program, _, a, _ in self.touches])
+        wrote = np.concatenate([np.full(len(a), w) for _, w, a, _ in self.touches])
+        outside = ~np.isin(addresses, np.concatenate([element_addresses(t) for t in (*tensors, *shared)]))
+        if outside.any():
+            i = np.flatnonzero(outside)[0]
+            verb = "writes" if wrote[i] else "reads"
+            raise AssertionError(
+                f"program {programs[i]} {verb} a place that is not its tensors', {outside.sum()} in all"
+            )
+        exempt = np.concatenate([element_addresses(t) for t in shared]) if shared else np.empty(0, np.int64)
+        kept = ~np.isin(addresses, exempt)
+        addresses, programs, wrote = addresses[kept], programs[kept], wrote[kept]
+        if not wrote.any():
+            return
+        places, first = np.unique(addresses[wrote], return_index=True)
+        writers = programs[wrote][first]
+        at = np.minimum(np.searchsorted(places, addresses), len(places) - 1)
+        foreign = (places[at] == addresses) & (writers[at] != programs)
+        if foreign.any():
+            i = np.flatnonzero(foreign)[0]
+            verb = "writes" if wrote[i] else "reads"
+            raise AssertionError(f"program {programs[i]} {verb} what program {writers[at][i]} wrote")
+
+
+@contextmanager
+def recording() -> Iterator[Trace]:
+    """Record the addresses that every program touches."""
+    trace = Trace()
+    builder = InterpreterBuilder
+    load, store, rmw, set_idx = (
+        builder.create_masked_load,
+        builder.create_masked_store,
+        builder.create_atomic_rmw,
+        builder.set_grid_idx,
+    )
+
+    def note(write: bool, pointers, mask) -> None:
+        addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        hit = addresses[np.broadcast_to(mask.data, addresses.shape)].astype(np.int64)
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        if len(hit):
+            trace.touches.append((trace.program, write, np.unique(hit), size))
+
+    def recorded_load(self, pointers, mask, *rest):
+        note(False, pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def recorded_store(self, pointers, value, mask, *rest):
+        note(True, pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def recorded_rmw(self, op, pointers, value, mask, *rest):
+        note(False, pointers, mask)
+        note(True, pointers, mask)
+        return rmw(self, op, pointers, value, mask, *rest)
+
+    def counted_idx(self, x, y, z):
+        trace.program += 1
+        return set_idx(self, x, y, z)
+
+    builder.create_masked_load, builder.create_masked_store = recorded_load, recorded_store
+    builder.create_atomic_rmw, builder.set_grid_idx = recorded_rmw, counted_idx
+    try:
+        yield trace
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        builder.create_atomic_rmw, builder.set_grid_idx = rmw, set_idx
+
+
+@contextmanager
+def program_order(order: str, seed: int = 0) -> Iterator[None]:
+    """Run the programs of every launch inside in this order: forward, reverse or shuffled."""
+    set_idx = InterpreterBuilder.set_grid_idx
+
+    def reordered(self, x, y, z):
+        nx, ny, nz = self.grid_dim
+        linear, total = (x * ny + y) * nz + z, nx * ny * nz
+        if order == "reverse":
+            linear = total - 1 - linear
+        elif order == "shuffled":
+            linear = int(np.random.default_rng(seed).permutation(total)[linear])
+        return set_idx(self, linear // (ny * nz), linear // nz % ny, linear % nz)
+
+    InterpreterBuilder.set_grid_idx = reordered
+    try:
+        yield
+    finally:
+        InterpreterBuilder.set_grid_idx = set_idx
+
+
+def poison(*tensors: torch.Tensor) -> None:
+    """Fill outputs with NaN, or -1 where they are integers."""
+    for tensor in tensors:
+        tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -1)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def run_in_every_order(
+    launch: Callable[[], None],
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    shared: Sequence[torch.Tensor] = (),
+) -> Trace:
+    """Run ``launch`` with its programs forward, reversed and shuffled: the same bits, and only touches it may make.
+
+    Args:
+        outputs: poisoned before each run; all their elements have to be written, and not by two programs.
+        shared: what programs hand to each other (partials, counters, rows whose statistics the last to arrive makes);
+            those among ``outputs`` are compared too, the others are left as they are.
+    """
+    results = []
+    for order in ORDERS:
+        poison(*outputs)
+        with recording() as trace, program_order(order):
+            launch()
+        trace.check([*outputs, *inputs], shared)
+        results.append([output.clone() for output in outputs])
+    for output in results[0]:
+        assert not output.dtype.is_floating_point or not output.isnan().any(), "an element was not written, or is NaN"
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True)), "the order of programs shows"
+    return trace
+
+
+def assert_as_good_as_torch(ours: torch.Tensor, oracle: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> None:
+    """The tolerance rule: our largest error against float64 is at most twice that of plain PyTorch in the precision.
+
+    Args:
+        floor: error that is allowed in any case, for outputs where PyTorch happens to be exact.
+    """
+    our_error = (ours.double() - oracle).abs().max().item()
+    their_error = (theirs.double() - oracle).abs().max().item()
+    limit = max(2 * their_error, floor)
+    assert our_error <= limit, f"error {our_error:.3e}, PyTorch's is {their_error:.3e}"

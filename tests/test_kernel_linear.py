@@ -1,0 +1,260 @@
+"""The fused linear against float64: prologue, K splits, epilogues, the paged cache, row statistics, row bits."""
+
+from dataclasses import dataclass
+
+import kernel_harness as harness
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import tiles
+from kernels.linear import KVCache, Norm, Residual, Workspace, cost, linear
+from kernels.weights import Weights, pack, unpack
+
+EPS = 1e-5
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def workspace(rows: int, n: int, k: int, dtype: torch.dtype) -> Workspace:
+    partials, tile_counters, row_counters = Workspace.needed(rows, n, k, dtype.itemsize)
+    return Workspace(
+        torch.full((partials,), torch.nan),
+        torch.zeros(tile_counters, dtype=torch.int32),
+        torch.zeros(row_counters, dtype=torch.int32),
+    )
+
+
+def counters_are_zero(space: Workspace) -> bool:
+    return not space.tile_counters.any() and not space.row_counters.any()
+
+
+def shared(space: Workspace) -> list[torch.Tensor]:
+    return [space.partials, space.tile_counters, space.row_counters]
+
+
+@dataclass
+class Case:
+    x: torch.Tensor
+    weights: Weights
+    bias: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        scales = [] if self.weights.scales is None else [self.weights.scales]
+        return [self.x, self.weights.data, self.bias, *scales]
+
+
+def make(
+    rows: int, n: int, k: int, dtype: torch.dtype, kind: str = "float", x_dtype: torch.dtype | None = None
+) -> Case:
+    torch.manual_seed(rows * 7919 + n * 31 + k)
+    x = harness.guarded_like(torch.randn(rows, k), x_dtype or dtype, gap=24)
+    weights = pack(torch.randn(n, k) / k**0.5, dtype, kind)
+    return Case(x, weights, harness.guarded_like(torch.randn(n), dtype), dtype)
+
+
+def output_floor(dtype: torch.dtype, oracle: torch.Tensor) -> float:
+    """Half a unit in the last place of the largest output, and what adding a few hundred terms in float32 costs."""
+    return (torch.finfo(dtype).eps / 2 + 4e-7) * oracle.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "activation"),
+    [
+        (1, 1, 1, "none"),
+        (3, 37, 37, "gelu_tanh"),
+        (9, 70, 200, "gelu"),
+        (17, 64, 128, "relu"),
+        (33, 130, 64, "silu"),
+        (66, 65, 130, "none"),
+    ],
+)
+def test_activations(rows: int, n: int, k: int, activation: str, dtype: torch.dtype) -> None:
+    case, space = make(rows, n, k, dtype), workspace(rows, n, k, dtype)
+    y = harness.guarded([rows, n], dtype, gap=5)
+    harness.run_in_every_order(
+        lambda: linear(case.x, case.weights, case.bias, y, space, dtype=dtype, activation=activation),
+        [y],
+        case.inputs,
+        shared(space),
+    )
+    w = unpack(case.weights)
+    act = ACTIVATIONS[activation]
+    oracle = act(F.linear(case.x.double(), w.double(), case.bias.double()))
+    harness.assert_as_good_as_torch(
+        y, oracle, act(F.linear(case.x, w.to(dtype), case.bias)), floor=output_floor(dtype, oracle)
+    )
+    assert counters_are_zero(space)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize(("rows", "n", "k"), [(2, 37, 200), (12, 100, 64), (70, 64, 130)])
+def test_norm_prologue_residual_and_statistics(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    case, space = make(rows, n, k, dtype, x_dtype=torch.float32), workspace(rows, n, k, dtype)
+    gamma, beta = harness.guarded_like(torch.randn(k), dtype), harness.guarded_like(torch.randn(k), dtype)
+    mean = harness.guarded_like(case.x.mean(dim=1))
+    rstd = harness.guarded_like((case.x.var(dim=1, correction=0) + EPS).rsqrt())
+    old = harness.guarded_like(torch.randn(rows, n))
+    new, next_mean, next_rstd = (harness.guarded(s, torch.float32) for s in ([rows, n], [rows], [rows]))
+    norm, residual = Norm(gamma, beta, mean, rstd), Residual(old, next_mean, next_rstd, EPS)
+    harness.run_in_every_order(
+        lambda: linear(case.x, case.weights, case.bias, new, space, dtype=dtype, norm=norm, residual=residual),
+        [new, next_mean, next_rstd],
+        [*case.inputs, gamma, beta, mean, rstd, old],
+        [new, *shared(space)],  # the last to finish a row block reads what its neighbours wrote
+    )
+    w = unpack(case.weights)
+    normed = F.layer_norm(case.x.double(), (k,), gamma.double(), beta.double(), EPS)
+    oracle = old.double() + F.linear(normed, w.double(), case.bias.double())
+    theirs = F.linear(F.layer_norm(case.x.to(dtype), (k,), gamma, beta, EPS), w.to(dtype), case.bias).float() + old
+    harness.assert_as_good_as_torch(new, oracle, theirs, floor=2e-6 * oracle.abs().max().item())
+    wide = new.double()
+    torch.testing.assert_close(next_mean.double(), wide.mean(dim=1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(next_rstd.double(), (wide.var(dim=1, correction=0) + EPS).rsqrt(), rtol=2e-6, atol=0)
+    assert counters_are_zero(space)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [(1, 37, 4), (3, 20, 16), (2, 64, 16)])
+def test_qkv_goes_into_the_paged_cache(heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    rows, width = 9, heads * head_dim
+    case, space = make(rows, 3 * width, width, dtype), workspace(rows, 3 * width, width, dtype)
+    slots = harness.guarded_like(torch.tensor([5, 2, -1, 4 * block_size, 7, 3, 4 * block_size + 1, -1, 0]))
+    k, v = (torch.zeros(5, heads, block_size, head_dim, dtype=dtype) for _ in range(2))
+    q = harness.guarded([rows, width], dtype)
+
+    def launch() -> None:
+        k.fill_(-7), v.fill_(-7)
+        linear(case.x, case.weights, case.bias, q, space, dtype=dtype, cache=KVCache(k, v, slots))
+
+    harness.run_in_every_order(launch, [q], [*case.inputs, slots, k, v], shared(space))
+    w = unpack(case.weights)
+    oracle = F.linear(case.x.double(), w.double(), case.bias.double())
+    theirs = F.linear(case.x, w.to(dtype), case.bias)
+    floor = output_floor(dtype, oracle)
+    harness.assert_as_good_as_torch(q, oracle[:, :width], theirs[:, :width], floor)
+    kept = slots >= 0
+    for part, cache in ((1, k), (2, v)):
+        rows_of_cache = cache.transpose(1, 2).reshape(-1, width)  # [slots, heads * head_dim]
+        columns = slice(part * width, (part + 1) * width)
+        harness.assert_as_good_as_torch(rows_of_cache[slots[kept]], oracle[kept, columns], theirs[kept, columns], floor)
+        untouched = torch.ones(len(rows_of_cache), dtype=torch.bool)
+        untouched[slots[kept]] = False
+        assert (rows_of_cache[untouched] == -7).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 37, 37), (5, 70, 200), (66, 64, 130)])
+def test_weight_only_quantisation(rows: int, n: int, k: int, kind: str) -> None:
+    dtype = torch.bfloat16
+    case, space = make(rows, n, k, dtype, kind), workspace(rows, n, k, dtype)
+    y = harness.guarded([rows, n], dtype)
+    harness.run_in_every_order(
+        lambda: linear(case.x, case.weights, case.bias, y, space, dtype=dtype), [y], case.inputs, shared(space)
+    )
+    w = unpack(case.weights)
+    oracle = F.linear(case.x.double(), w.double(), case.bias.double())
+    theirs = F.linear(case.x, w.to(dtype), case.bias)
+    harness.assert_as_good_as_torch(y, oracle, theirs, floor=output_floor(dtype, oracle))
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("int8", 1 / 254), ("int4", 1 / 14)])
+def test_packing_rounds_to_the_nearest_step(kind: str, worst: float) -> None:
+    weight = torch.randn(20, 300)
+    error = (unpack(pack(weight, torch.bfloat16, kind)) - weight).abs()
+    assert error.max() <= worst * weight.abs().max() * 1.01
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("k", [100, 512])
+def test_a_row_has_the_same_bits_in_any_batch(k: int, dtype: torch.dtype) -> None:
+    """1, 8, 16, 32 and 64 rows split K over programs; 80 rows walk the splits inside one."""
+    n, total = 96, 80
+    case = make(total, n, k, dtype)
+    assert tiles.split_k(n, k)[0] == tiles.cdiv(k, tiles.BLOCK_K)
+    whole = torch.empty(total, n, dtype=dtype)
+    linear(case.x, case.weights, case.bias, whole, workspace(total, n, k, dtype), dtype=dtype, activation="gelu_tanh")
+    for first, rows in ((0, 1), (79, 1), (5, 8), (3, 16), (40, 30), (10, 64)):
+        y = torch.empty(rows, n, dtype=dtype)
+        x = case.x[first : first + rows]
+        linear(x, case.weights, case.bias, y, workspace(rows, n, k, dtype), dtype=dtype, activation="gelu_tanh")
+        assert harness.same_bits(y, whole[first : first + rows])
+
+
+def test_a_split_that_follows_the_batch_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control of the test above."""
+    import kernels.tiles as module
+
+    n, k = 96, 512
+    case = make(8, n, k, torch.float32)
+    whole, alone = torch.empty(8, n), torch.empty(1, n)
+    linear(case.x, case.weights, case.bias, whole, workspace(8, n, k, torch.float32), dtype=torch.float32)
+    monkeypatch.setattr(module, "split_k", lambda n, k: (2, 4))
+    linear(case.x[:1], case.weights, case.bias, alone, workspace(1, n, k, torch.float32), dtype=torch.float32)
+    assert not harness.same_bits(alone, whole[:1])
+
+
+@pytest.mark.parametrize(("kind", "norm", "epilogue"), [("float", True, "none"), ("int4", False, "residual")])
+def test_cost_is_what_is_touched(kind: str, norm: bool, epilogue: str) -> None:
+    rows, n, k, dtype = 3, 192, 256, torch.bfloat16
+    case = make(rows, n, k, dtype, kind, torch.float32 if norm else None)
+    space = workspace(rows, n, k, dtype)
+    gamma, mean = torch.ones(2, k, dtype=dtype), torch.ones(2, rows)
+    old, new, stats = torch.zeros(rows, n), torch.zeros(rows, n), torch.empty(2, rows)
+    y = new if epilogue == "residual" else torch.empty(rows, n, dtype=dtype)
+    with harness.recording() as trace:
+        linear(
+            case.x,
+            case.weights,
+            case.bias,
+            y,
+            space,
+            dtype=dtype,
+            norm=Norm(gamma[0], gamma[1], mean[0], mean[1]) if norm else None,
+            residual=Residual(old, stats[0], stats[1], EPS) if epilogue == "residual" else None,
+        )
+    expected = cost(rows, case.weights, dtype, 2, norm, epilogue, 2)
+    scales = [case.weights.scales] if case.weights.scales is not None else []
+    weights = trace.bytes(False, case.weights.data, case.bias, *scales, *([gamma] if norm else []))
+    assert weights == pytest.approx(expected.weights, rel=0.02)
+    reads = trace.bytes(False, case.x, *([mean] if norm else []), *([old] if epilogue == "residual" else []))
+    assert reads == pytest.approx(expected.reads, rel=0.02)
+    assert trace.bytes(True, y, *([stats] if epilogue == "residual" else [])) == expected.writes
+    assert trace.sectors(case.weights.data) <= 1.1
+
+
+def test_refuses() -> None:
+    case, space = make(1, 8, 8, torch.float32), workspace(1, 8, 8, torch.float32)
+    y = torch.empty(1, 8)
+    with pytest.raises(ValueError, match="'swish'"):
+        linear(case.x, case.weights, case.bias, y, space, dtype=torch.float32, activation="swish")
+    with pytest.raises(ValueError, match="9 columns"):
+        linear(torch.empty(1, 9), case.weights, case.bias, y, space, dtype=torch.float32)
+    with pytest.raises(ValueError, match="'int3'"):
+        pack(torch.ones(2, 2), torch.float16, "int3")
+    with pytest.raises(ValueError, match="got 48"):
+        pack(torch.ones(2, 2), torch.float16, "int4", group=48)
+
+
+def test_slots_past_2_to_the_31_elements() -> None:
+    """A cache of more than 2**31 elements, of which the last block's pages alone are touched."""
+    heads, head_dim, block_size, dtype = 16, 64, 16, torch.float16
+    width, blocks = heads * head_dim, 2**31 // (heads * head_dim * block_size) + 3
+    case, space = make(1, 3 * width, width, dtype), workspace(1, 3 * width, width, dtype)
+    k, v = (torch.empty((blocks, heads, block_size, head_dim), dtype=dtype) for _ in range(2))
+    k[-1], v[-1] = torch.nan, torch.nan
+    q, slots = torch.empty(1, width, dtype=dtype), torch.tensor([blocks * block_size - 1])
+    linear(case.x, case.weights, case.bias, q, space, dtype=dtype, cache=KVCache(k, v, slots))
+    expected = F.linear(case.x.double(), unpack(case.weights).double(), case.bias.double())[0]
+    for part, cache in ((1, k), (2, v)):
+        written = cache[-1, :, -1].flatten().double()
+        torch.testing.assert_close(written, expected[part * width : (part + 1) * width], rtol=0, atol=5e-3)
+        assert cache[-1, :, :-1].isnan().all()

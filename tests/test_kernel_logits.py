@@ -1,0 +1,65 @@
+"""Final LayerNorm and head on chosen rows, against float64."""
+
+import kernel_harness as harness
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.linear import Norm
+from kernels.logits import cost, logits
+from kernels.weights import pack, unpack
+
+EPS = 1e-5
+
+
+def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.mean(dim=1), (x.var(dim=1, correction=0) + EPS).rsqrt()
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+@pytest.mark.parametrize(("total", "row_ids", "vocab", "width"), [(1, [0], 37, 37), (9, [8, 0, 3, 3], 97, 100)])
+def test_logits(total: int, row_ids: list[int], vocab: int, width: int, kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(total)
+    x = harness.guarded_like(torch.randn(total, width))
+    weights = pack(torch.randn(vocab, width) / width**0.5, dtype, kind)
+    gamma, beta = harness.guarded_like(torch.randn(width), dtype), harness.guarded_like(torch.randn(width), dtype)
+    norm = Norm(gamma, beta, *(harness.guarded_like(s) for s in statistics(x)))
+    ids = harness.guarded_like(torch.tensor(row_ids, dtype=torch.int32))
+    y = harness.guarded([len(row_ids), vocab], torch.float32)
+    scales = [] if weights.scales is None else [weights.scales]
+    harness.run_in_every_order(
+        lambda: logits(x, weights, norm, ids, y, dtype),
+        [y],
+        [x, weights.data, *scales, gamma, beta, norm.mean, norm.rstd, ids],
+    )
+    w = unpack(weights)
+    normed = F.layer_norm(x.double(), (width,), gamma.double(), beta.double(), EPS)[ids.long()]
+    oracle = F.linear(normed, w.double())
+    theirs = F.linear(F.layer_norm(x.to(dtype), (width,), gamma, beta, EPS)[ids.long()], w.to(dtype))
+    harness.assert_as_good_as_torch(y, oracle, theirs, floor=2e-6 * oracle.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(70, 200), pack(torch.randn(70, 200), dtype)
+    norm = Norm(torch.ones(200, dtype=dtype), torch.zeros(200, dtype=dtype), *statistics(x))
+    whole = torch.empty(70, 70)
+    logits(x, weights, norm, torch.arange(70, dtype=torch.int32), whole, dtype)
+    for row_ids in ([3], [69, 3], [*range(20)]):
+        y = torch.empty(len(row_ids), 70)
+        logits(x, weights, norm, torch.tensor(row_ids, dtype=torch.int32), y, dtype)
+        assert harness.same_bits(y, whole[row_ids])
+
+
+def test_cost_is_what_is_touched() -> None:
+    x, weights = torch.randn(20, 256), pack(torch.randn(150, 256), torch.bfloat16)
+    norm = Norm(torch.ones(256).bfloat16(), torch.zeros(256).bfloat16(), *statistics(x))
+    y = torch.empty(3, 150)
+    with harness.recording() as trace:
+        logits(x, weights, norm, torch.tensor([1, 5, 19], dtype=torch.int32), y, torch.bfloat16)
+    expected = cost(3, weights, 2)
+    assert trace.bytes(False) == pytest.approx(expected.weights + expected.reads, rel=0.02)
+    assert trace.bytes(True) == expected.writes
+    assert trace.sectors(weights.data) <= 1.1
