@@ -1,4 +1,4 @@
-"""The native backend beside other engines and beside what the machine can do at most: ``python benchmarks/compare.py``.
+"""The native backend beside other engines and beside what the machine can do at most: ``python -m benchmarks.compare``.
 
 One random GPT-2 is made in memory and given to every engine. The engines take turns within each repetition, and the
 machine's limits (bytes read per second, multiply-accumulates per second with operands in registers) are measured in
@@ -122,6 +122,8 @@ def engines(args: argparse.Namespace) -> tuple[dict[str, Generate], list[str]]:
     weights = random_weights(config)
     found = {f"ours {dtype}": ours(config, weights, dtype, args.threads) for dtype in args.dtypes}
     skipped = []
+    if not args.peers:
+        return found, ["all peers: --no-peers"]
     if importlib.util.find_spec("transformers") is None:
         skipped.append("transformers: not installed")
     else:
@@ -229,6 +231,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     made.add_argument("--seqs", nargs="+", type=int, default=[1, 8, 32], help="sequences decoded together, 32 at most")
     made.add_argument("--tokens", type=int, default=24, help="tokens of a decode")
     made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other engines too")
     made.add_argument("--megabytes", type=int, default=512, help="memory that the read rate is measured on")
     args = made.parse_args(arguments)
     if args.tokens < 2 or args.repeats < 1 or not all(1 <= n <= 32 for n in args.seqs):
