@@ -18,17 +18,18 @@ from dataclasses import dataclass
 import torch
 
 from engine.backends.native_backend import chosen_isa, load_extension
-from engine.checkpoints.canonical import Checkpoint, canonical_shapes
+from engine.bench.measure import ITEM_BYTES
+from engine.bench.presets import preset_config, random_weights
+from engine.checkpoints.canonical import Checkpoint
 from engine.config import ModelConfig
 from engine.llm import LLM
 from engine.machine import processor_name, usable_cpus
 from engine.messages import SamplingParams
 
 PRESETS = {
-    "gpt2": ModelConfig(50257, 1024, 768, 12, 12, 3072, tied_head=True),
+    "gpt2": preset_config("gpt2"),
     "tiny": ModelConfig(307, 128, 64, 4, 2, 256, tied_head=True),
 }
-ITEM_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 4.5 / 8}
 STORAGE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 2}  # int4 multiplies as int8 does
 NO_ADAPTER = ("openvino_genai", "ctranslate2", "llama_cpp", "vllm")
 
@@ -44,18 +45,6 @@ class Case:
     seqs: int
     prompt: int
     tokens: int
-
-
-def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Canonical tensors as GPT-2 is initialised, so that activations have the usual sizes."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, shape in canonical_shapes(config).items():
-        weights[name] = torch.randn(shape, generator=generator) * 0.02
-        if "norm" in name:
-            weights[name] += float(name.endswith("weight"))
-    weights["head"] = weights["tok_emb"]
-    return weights
 
 
 def ours(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: str, threads: int) -> Generate:
@@ -227,7 +216,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--preset", choices=PRESETS, default="gpt2")
     made.add_argument("--threads", type=int, default=usable_cpus())
-    made.add_argument("--dtypes", nargs="+", choices=ITEM_BYTES, default=list(ITEM_BYTES))
+    made.add_argument("--dtypes", nargs="+", choices=STORAGE_CODES, default=list(STORAGE_CODES))
     made.add_argument("--seqs", nargs="+", type=int, default=[1, 8, 32], help="sequences decoded together, 32 at most")
     made.add_argument("--tokens", type=int, default=24, help="tokens of a decode")
     made.add_argument("--repeats", type=int, default=5)

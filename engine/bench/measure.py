@@ -112,13 +112,13 @@ def _timed_run(llm: LLM, prompts: Sequence[Sequence[int]], steps: int) -> list[l
     return times
 
 
-_ITEM_BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
+ITEM_BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
 """Bytes a weight; int4 has an fp16 scale for every 32."""
 
 
 def step_bytes(model: ModelConfig, dtype: str, batch: int, context: int) -> int:
     """Bytes that a decode step cannot help reading: every weight but the embeddings' other rows, and K and V."""
-    item = _ITEM_BYTES[dtype]
+    item = ITEM_BYTES[dtype]
     embeddings = (0 if model.tied_head else model.vocab_size) + model.context_length
     weights = model.num_parameters - embeddings * model.embed_dim
     cached = batch * context * 2 * model.n_layers * model.embed_dim
