@@ -50,7 +50,13 @@ MUTANTS = [
         "padding enters the variance",
         tests="tests/test_kernel_layer_norm.py",
     ),
-    Mutant("common", "variance + eps", "variance", "eps is lost", tests="tests/test_kernel_layer_norm.py"),
+    Mutant(
+        "common",
+        "tl.sqrt_rn(variance + eps)",
+        "tl.sqrt_rn(variance)",
+        "eps is lost",
+        tests="tests/test_kernel_layer_norm.py",
+    ),
     Mutant(
         "common", "tl.store(counter_ptr, 0)", "pass", "the counter is not reset", tests="tests/test_kernel_linear.py"
     ),

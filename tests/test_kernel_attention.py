@@ -118,8 +118,10 @@ def test_mixed_batch(heads: int, head_dim: int, block_size: int, many: bool, dty
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
-def test_a_position_has_the_same_bits_prefilled_chunked_and_decoded(dtype: torch.dtype) -> None:
-    case = make([150], paging(2, 20), dtype)
+@pytest.mark.parametrize("split", [64, 128])
+def test_a_position_has_the_same_bits_prefilled_chunked_and_decoded(split: int, dtype: torch.dtype) -> None:
+    """With splits of one and of two steps of BLOCK_KV keys."""
+    case = make([150], paging(1, 20, split=split), dtype)
     whole = Launch(case, [(0, 0, 150)], many=True).run()
     for first, last, many in ((0, 150, False), (0, 70, True), (70, 150, True), (90, 99, False), (99, 120, True)):
         assert harness.same_bits(Launch(case, [(0, first, last)], many).run(), whole[first:last])
@@ -127,6 +129,15 @@ def test_a_position_has_the_same_bits_prefilled_chunked_and_decoded(dtype: torch
         for many in (False, True):
             alone = Launch(case, [(0, position, position + 1)], many).run()
             assert harness.same_bits(alone, whole[position : position + 1])
+
+
+def test_the_softmax_of_a_split_is_online() -> None:
+    """The largest score comes last, in the third step of one split: what came before has to be scaled down."""
+    case = make([190], paging(1, 16, split=256), torch.float32)
+    case.queries[0][189] = 8 * case.dense_k[0][189, 0]
+    for many in (False, True):
+        out = Launch(case, [(0, 189, 190)], many).run()
+        torch.testing.assert_close(out.double(), oracle(case, 0, 189, 190), rtol=0, atol=3e-6)
 
 
 def test_neighbours_do_not_change_bits() -> None:
@@ -148,7 +159,8 @@ def test_other_kv_splits_would_show() -> None:
 @given(st.data())
 def test_any_batch(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 140), min_size=1, max_size=3))
-    case = make(lengths, paging(1, data.draw(st.sampled_from([4, 33])), data.draw(st.integers(1, 20))), torch.float32)
+    head_dim, block_size, split = (data.draw(st.sampled_from(c)) for c in ([4, 33], [1, 5, 16, 20], [64, 128, 256]))
+    case = make(lengths, paging(1, head_dim, block_size, split), torch.float32)
     spans = []
     for i, length in enumerate(lengths):
         last = data.draw(st.integers(1, length))

@@ -48,7 +48,8 @@ class Case:
     @property
     def inputs(self) -> list[torch.Tensor]:
         scales = [] if self.weights.scales is None else [self.weights.scales]
-        return [self.x, self.weights.data, self.bias, *scales]
+        columns = self.weights.shape[1] if self.weights.kind != "int4" else None  # padding is not to be read
+        return [self.x, self.weights.data[:, :columns], self.bias, *scales]
 
 
 def make(
