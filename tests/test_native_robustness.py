@@ -192,6 +192,7 @@ from native_steps import make, logits_of, ids_of
 from models import tiny_config
 config = tiny_config()
 backend = make(config, threads=3)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
     while True:
