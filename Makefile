@@ -45,12 +45,12 @@ gpu-check:
 SANITIZED := tests/test_native_step.py tests/test_native_kernels.py tests/test_native_sampling.py tests/test_native_robustness.py
 define sanitized
 	ENGINE_REQUIRE_NATIVE=1 ENGINE_CXXFLAGS="-fsanitize=$(2) -fno-omit-frame-pointer -g -O1" $(BIN)/python setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
-	LD_PRELOAD="$$(g++ -print-file-name=lib$(3).so) $$(g++ -print-file-name=libstdc++.so)" $(4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -o pythonpath="build/$(1)/lib tests" -k "not registers and not instruction_set and not memory" $(SANITIZED) $(ARGS)
+	LD_PRELOAD="$$(g++ -print-file-name=lib$(3).so) $$(g++ -print-file-name=libstdc++.so)" $(4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -q -p no:cacheprovider -o pythonpath="build/$(1)/lib tests" -k "not registers and not instruction_set and not memory" $(SANITIZED) $(ARGS)
 endef
 
 sanitize: .venv/.installed
 	$(call sanitized,asan,address$(COMMA)undefined,asan,ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1)
-	$(call sanitized,tsan,thread,tsan,TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1)
+	$(call sanitized,tsan,thread,tsan,TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1)
 
 .venv/.installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
