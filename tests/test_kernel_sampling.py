@@ -11,7 +11,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.sampling import Drawn, Options, SparseRows, gumbel_noise, ordered_bits, sampling
+from kernels.sampling import Drawn, Options, SparseRows, _threshold, gumbel_noise, ordered_bits, sampling
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -290,3 +290,44 @@ def test_ordered_bits_keep_the_order() -> None:
     out = torch.empty(8, dtype=torch.int64)
     _ordered_kernel[(1,)](x, out)
     assert out.diff().sign().tolist() == [1, 1, 1, 0, 1, 1, 1]
+
+
+@triton.jit
+def _threshold_kernel(x_ptr, target_ptr, out_ptr, maximum, MASS: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr):
+    pid = tl.program_id(0)
+    target = tl.load(target_ptr + pid)
+    floor = tl.full([], 0, tl.uint32)
+    t = _threshold(x_ptr, x_ptr, 1.0, maximum, floor, target, MASS, V, False, GROUPS, 64)
+    tl.store(out_ptr + pid, t.to(tl.int64))
+
+
+@pytest.mark.parametrize("mass", [False, True])
+def test_the_threshold_is_the_bits_of_a_logit(mass: bool) -> None:
+    """By count or by mass, the radix passes end at the very bits of the last logit that is needed."""
+    x = np.sort(np.random.default_rng(0).normal(size=70).astype(np.float32))[::-1].copy()
+    bits = x.view(np.uint32).astype(np.int64)
+    ordered = np.where(bits >> 31, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    weights = np.floor(np.exp(x - x[0], dtype=np.float32) * np.float32(2**30)).astype(np.int64) if mass else np.ones(70)
+    targets = np.cumsum(weights).astype(np.int64)[[0, 1, 2, 9, 30, 68, 69]]
+    out = torch.empty(len(targets), dtype=torch.int64)
+    arguments = (torch.from_numpy(x), torch.from_numpy(targets), out, float(x[0]))
+    _threshold_kernel[(len(targets),)](*arguments, mass, 70, 2)
+    assert out.tolist() == ordered[[0, 1, 2, 9, 30, 68, 69]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("logits", "row", "token"),
+    [
+        ([2.0, 1.9], Row(temperature=0), 0),
+        ([2.0, 1.9], Row(temperature=0, frequency=0.06, counts=((0, 2),)), 1),
+        ([2.0, 1.9], Row(temperature=0, frequency=0.04, counts=((0, 2),)), 0),
+        ([2.0, 1.9], Row(temperature=0, presence=0.2, counts=((0, 1),)), 1),
+        ([2.0, 1.9], Row(temperature=0, presence=0.2, counts=((0, 0),)), 0),
+        ([2.0, 1.9], Row(temperature=0, repetition=1.1, counts=((0, 0),)), 1),
+        ([-1.0, -1.05], Row(temperature=0, repetition=1.1, counts=((0, 3),)), 1),
+        ([-1.0, -1.05], Row(temperature=0, bias=((1, 0.1),)), 1),
+        ([-1.0, 2.0], Row(temperature=0, bias=((0, 3.5),), repetition=2.0, counts=((0, 1),)), 1),  # bias comes first
+    ],
+)
+def test_each_edit(logits: list[float], row: Row, token: int) -> None:
+    assert draw(torch.tensor([logits]), [row]).tokens.tolist() == [token]
