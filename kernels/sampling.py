@@ -102,10 +102,10 @@ def _options_applied(
 
 @triton.jit
 def _threshold(
-    source_ptr, allowed_ptr, temperature, maximum, floor, target, MASS: tl.constexpr, V: tl.constexpr,
+    source_ptr, allowed_ptr, temperature, maximum, target, MASS: tl.constexpr, V: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The largest ordered value t at which the ids with x >= max(t, floor) count, or weigh, at least ``target``."""
+    """The largest ordered value t at which the ids with x >= t count, or weigh, at least ``target``."""
     t = tl.full([], 0, tl.uint32)
     one = tl.full([], 1073741824, tl.uint32)  # what the pass's two bits count in: 2**30, then 2**28 ...
     for _ in range(16):
@@ -116,7 +116,7 @@ def _threshold(
             x = _options_applied(source_ptr, allowed_ptr, temperature, first_id, V, HAS_ALLOWED, GROUPS, TILE)
             bits = ordered_bits(x)
             if MASS:
-                weight = tl.where(bits >= floor, _mass(x, maximum), 0)
+                weight = _mass(x, maximum)
             else:
                 weight = (x > float("-inf")).to(tl.int64)
             n1 += tl.sum(tl.where(bits >= t + one, weight, 0))
@@ -220,9 +220,7 @@ def _sampling_tile(
         min_p = tl.load(min_p_ptr + row)
         floor = tl.full([], 0, tl.uint32)
         if (k > 0) & (k < V):
-            floor = _threshold(
-                source_ptr, allowed_ptr, temperature, maximum, floor, k, False, V, HAS_ALLOWED, GROUPS, TILE
-            )
+            floor = _threshold(source_ptr, allowed_ptr, temperature, maximum, k, False, V, HAS_ALLOWED, GROUPS, TILE)
         if top_p < 1.0:
             whole = tl.full([], 0, tl.int64)
             for first_id in range(0, V, GROUPS * TILE):
@@ -230,7 +228,7 @@ def _sampling_tile(
                 whole += tl.sum(tl.where(ordered_bits(x) >= floor, _mass(x, maximum), 0))
             target = tl.ceil(top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
             nucleus = _threshold(
-                source_ptr, allowed_ptr, temperature, maximum, floor, target, True, V, HAS_ALLOWED, GROUPS, TILE
+                source_ptr, allowed_ptr, temperature, maximum, target, True, V, HAS_ALLOWED, GROUPS, TILE
             )
             floor = tl.maximum(floor, nucleus)
         seed = tl.load(seed_ptr + row)

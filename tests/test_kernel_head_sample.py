@@ -73,6 +73,14 @@ def test_many_rows_and_row_blocks() -> None:
     assert harness.same_bits(fused.logprobs, apart.logprobs)
 
 
+def test_a_large_vocabulary_of_equals() -> None:
+    """More than one step of the walk over the tiles' results: the lowest id, and all of the mass."""
+    x, _, norm = make(1, 1, 16, torch.float32)
+    fused, apart = both_paths(x, pack(torch.zeros(4200, 16), torch.float32), norm, [Row(temperature=0)], [0])
+    assert fused.tokens.item() == apart.tokens.item() == 0
+    assert harness.same_bits(fused.logprobs, apart.logprobs)
+
+
 def test_in_every_order() -> None:
     x, weights, norm = make(4, 150, 64, torch.bfloat16)
     ids, drawn, space = harness.guarded_like(torch.tensor([3, 1], dtype=torch.int32)), outputs(2, 0), scratch(2, 150)

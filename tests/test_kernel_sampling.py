@@ -296,8 +296,7 @@ def test_ordered_bits_keep_the_order() -> None:
 def _threshold_kernel(x_ptr, target_ptr, out_ptr, maximum, MASS: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr):
     pid = tl.program_id(0)
     target = tl.load(target_ptr + pid)
-    floor = tl.full([], 0, tl.uint32)
-    t = _threshold(x_ptr, x_ptr, 1.0, maximum, floor, target, MASS, V, False, GROUPS, 64)
+    t = _threshold(x_ptr, x_ptr, 1.0, maximum, target, MASS, V, False, GROUPS, 64)
     tl.store(out_ptr + pid, t.to(tl.int64))
 
 
@@ -331,3 +330,23 @@ def test_the_threshold_is_the_bits_of_a_logit(mass: bool) -> None:
 )
 def test_each_edit(logits: list[float], row: Row, token: int) -> None:
     assert draw(torch.tensor([logits]), [row]).tokens.tolist() == [token]
+
+
+def test_min_p_keeps_the_border() -> None:
+    """min_p = 1 keeps what is as probable as the most probable token, and nothing else."""
+    logits = torch.tensor([[0.0, 1.0, 1.0, 0.9]]).expand(20, -1).contiguous()
+    assert set(draw(logits, [Row(min_p=1.0, seed=i) for i in range(20)]).tokens.tolist()) == {1, 2}
+
+
+def test_top_p_is_of_what_top_k_left() -> None:
+    """Of two equal halves after top-k, top_p = 0.5 needs one; of the whole distribution it would need both."""
+    logits = torch.tensor([[2.0, 1.999, 1.0, 1.0, 1.0, 1.0]]).expand(20, -1).contiguous()
+    rows = [Row(top_k=2, top_p=0.5, seed=i) for i in range(20)]
+    assert set(draw(logits, rows).tokens.tolist()) == {0}
+
+
+def test_the_lowest_id_among_equals_over_a_large_vocabulary() -> None:
+    """More than one step of the walk over the vocabulary, all logits the same."""
+    drawn = draw(torch.zeros(1, 4200), [Row(temperature=0)])
+    assert drawn.tokens.item() == 0
+    assert drawn.logprobs.item() == pytest.approx(-np.log(4200), abs=2e-6)
