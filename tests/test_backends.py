@@ -68,7 +68,7 @@ def test_whole_prefill(name: str, key: str) -> None:
     assert (logits - reference_logits(config, ids)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("chunks", [[37], [1] * 37, [5, 1, 16, 15], [36, 1]])
+@pytest.mark.parametrize("chunks", [[37], pytest.param([1] * 37, marks=pytest.mark.slow), [5, 1, 16, 15], [36, 1]])
 def test_chunks_and_decode(name: str, chunks: list[int]) -> None:
     config = CONFIGS["plain"]
     ids, rows, start = ids_of(2, 37, config), [], 0

@@ -70,6 +70,7 @@ def test_errors_name_the_line_to_type(checkpoint: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_help_teaches() -> None:
     for module in ("engine.generate", "engine.bench", "engine.doctor"):
         done = run(module, "--help")

@@ -179,6 +179,7 @@ def test_every_option_in_one_batch() -> None:
     torch.testing.assert_close(drawn.top_logprobs.double(), logprobs.gather(1, best.indices), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 130), st.integers(0, 2**64 - 1), st.floats(0.1, 3), st.integers(0, 140), st.floats(0.01, 1),
@@ -255,6 +256,7 @@ def test_status_of_rows_without_a_token() -> None:
     assert draw(logits, [Row(), Row(), Row(), Row(allowed=())]).status.tolist() == [1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_equal_logits_keep_all_ties_and_greedy_takes_the_lowest_id() -> None:
     logits = torch.zeros(64, 33)
     rows = [Row(top_k=1, seed=i) for i in range(63)]
@@ -338,6 +340,7 @@ def test_min_p_keeps_the_border() -> None:
     assert set(draw(logits, [Row(min_p=1.0, seed=i) for i in range(20)]).tokens.tolist()) == {1, 2}
 
 
+@pytest.mark.slow
 def test_top_p_is_of_what_top_k_left() -> None:
     """Of two equal halves after top-k, top_p = 0.5 needs one; of the whole distribution it would need both."""
     logits = torch.tensor([[2.0, 1.999, 1.0, 1.0, 1.0, 1.0]]).expand(20, -1).contiguous()

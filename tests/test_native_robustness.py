@@ -210,6 +210,7 @@ def anonymous_kib() -> int:
     raise OSError("no RssAnon")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_does_not_grow() -> None:
     """1,000 generations of a prompt and 5 tokens; and backends made and dropped."""

@@ -123,6 +123,7 @@ def test_draws_do_not_depend_on_neighbours(dtype: str) -> None:
     assert np.array_equal(results[0].logprobs, results[1].logprobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """Conformance and invariance in a process of their own under each instruction set that this CPU has."""

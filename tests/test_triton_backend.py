@@ -145,6 +145,7 @@ def test_lower_precision_is_as_good_as_pytorch_s(dtype: str) -> None:
     harness.assert_as_good_as_torch(ours, oracle(ids), Driver(made).in_chunks(ids, [40, 59]))
 
 
+@pytest.mark.slow
 def test_blocks_are_copied_before_anything_is_written() -> None:
     """A copy of a sequence's blocks continues as the sequence does, and leaves it alone."""
     ids = tokens(40)
@@ -162,6 +163,7 @@ def test_blocks_are_copied_before_anything_is_written() -> None:
     torch.testing.assert_close(forked.double(), oracle(ids[:20] + tokens(20, 9))[20:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_decode_is_five_launches_a_layer_and_three_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
