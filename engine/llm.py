@@ -93,8 +93,7 @@ class LLM:
         ids = probe_ids(self.model_config)[:, : self.max_model_len]
         wanted = plain_logits(module, ids, self.model_config).to(self.device)
         got = torch.stack([self.logits(row) for row in ids.tolist()])
-        coarser: torch.dtype = min(getattr(torch, self.dtype), wanted.dtype, key=lambda dtype: dtype.itemsize)
-        difference = check_logits(got, wanted, coarser, description)
+        difference = check_logits(got, wanted, self.dtype, description)
         self._log.info("self-check passed, largest logit difference %.1e", difference)
 
     def _make_backend(self, checkpoint: Checkpoint, memory_fraction: float) -> Backend:

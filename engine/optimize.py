@@ -138,7 +138,7 @@ class Accelerator:
         self._buffer: LogitsBuffer | None = None
         self._structure = LiveStructure(self.module, recognised.sources)
         self._watch = WeightWatch(self._structure.parameters)
-        difference = self._self_check(recognised.description)
+        difference = self._self_check(choice.dtype, recognised.description)
         self.description = (
             f"{recognised.description}; {choice.backend.name} backend, {choice.dtype} on {choice.device}; "
             f"self-check passed, largest logit difference {difference:.1e}"
@@ -197,7 +197,7 @@ class Accelerator:
         self._structure = LiveStructure(self.module, recognised.sources)
         self._watch = WeightWatch(self._structure.parameters)
 
-    def _self_check(self, description: str) -> float:
+    def _self_check(self, dtype: str, description: str) -> float:
         """Compare with the module on a probe, whole and token by token; returns the largest logit difference."""
         check_parts(self.module, self._model)
         ids = probe_ids(self._model)
@@ -206,7 +206,7 @@ class Accelerator:
         for end in range(length // 2 + 1, length + 1):
             got = self._logits_of(ids[:, :end])
         self._buffer = None
-        return check_logits(got.detach(), wanted, self._dtype, description)
+        return check_logits(got.detach(), wanted, dtype, description)
 
     def _logits_of(self, ids: torch.Tensor) -> torch.Tensor:
         """``[B, T]`` on the CPU to ``[B, T, V]``: what the buffer has, and the rest computed."""

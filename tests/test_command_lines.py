@@ -89,7 +89,7 @@ def test_doctor() -> None:
 @pytest.mark.slow
 def test_bench_on_a_users_model(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(checkpoint / "model.pth"), "--config", str(checkpoint / "gpt.json")]
-    sizes = ["--prompt-len", "16", "--gen-len", "8", "--batch", "1,2", "--repeats", "1"]
+    sizes = ["--dtype", "float32", "--prompt-len", "16", "--gen-len", "8", "--batch", "1,2", "--repeats", "1"]
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
     done = run("engine.bench", *arguments, *sizes, *files)
     assert done.returncode == 0, done.stderr
@@ -107,7 +107,7 @@ def test_bench_on_a_users_model(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_check_catches_a_wrong_engine() -> None:
     """The bench refuses to print speed when a weight of the reference is another."""
     module = tiny_module()
-    llm = LLM(module)
+    llm = LLM(module, dtype="float32")
     found = recognise(module)
     weights = canonical_weights(found)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]

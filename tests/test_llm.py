@@ -7,6 +7,7 @@ import torch
 from models import tiny_module
 
 from engine import LLM, RequestOutput, SamplingParams
+from engine.backends.registry import missing
 from engine.checkpoints.canonical import Checkpoint
 from engine.checkpoints.live import canonical_weights, recognise
 from engine.reference import GPTModel, generate_greedy
@@ -31,7 +32,7 @@ class Bytes:
 
 @pytest.fixture(scope="module")
 def llm(module: GPTModel) -> LLM:
-    return LLM(module, tokenizer=Bytes(), max_num_seqs=4, max_num_batched_tokens=32, seed=0)
+    return LLM(module, tokenizer=Bytes(), dtype="float32", max_num_seqs=4, max_num_batched_tokens=32, seed=0)
 
 
 def naive(module: GPTModel, prompt: list[int], steps: int) -> tuple[int, ...]:
@@ -182,7 +183,7 @@ def test_end_of_text_ends_a_row_and_is_no_text(module: GPTModel) -> None:
     tokens = naive(module, [1, 2, 3], 12)
     found = recognise(module)
     made = Checkpoint(found.config, canonical_weights(found), "test", eos_token_id=tokens[5])
-    llm = LLM(made)
+    llm = LLM(made, dtype="float32")
     (output,) = llm.generate([1, 2, 3], dataclasses.replace(GREEDY, ignore_eos=False), use_tqdm=False)
     end = tokens.index(tokens[5]) + 1
     assert output.outputs[0].token_ids == tokens[:end]
@@ -263,7 +264,7 @@ def nanogpt_crop(module: GPTModel, prompt: list[int], steps: int) -> tuple[int, 
 
 @pytest.mark.parametrize("length", [3, 60, 64, 90])
 def test_slide_is_nanogpts_loop(module: GPTModel, caplog: pytest.LogCaptureFixture, length: int) -> None:
-    llm = LLM(module, context_overflow="slide", max_num_batched_tokens=40, max_num_seqs=2)
+    llm = LLM(module, dtype="float32", context_overflow="slide", max_num_batched_tokens=40, max_num_seqs=2)
     prompt = [(5 * i) % 256 for i in range(length)]
     params = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
     with caplog.at_level("WARNING", logger="engine"):
@@ -326,7 +327,7 @@ def test_bad_requests(llm: LLM, prompt: object, params: SamplingParams, message:
 
 
 def test_text_without_a_tokenizer(module: GPTModel) -> None:
-    llm = LLM(module)
+    llm = LLM(module, dtype="float32")
     with pytest.raises(ValueError, match="the model has 256 tokens and came without a tokenizer"):
         llm.generate("hello")
     with pytest.raises(ValueError, match="stop strings need text"):
@@ -354,9 +355,18 @@ def test_arguments(module: GPTModel) -> None:
         LLM(module, tensor_paralel_size=1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_a_live_module_in_every_native_dtype(module: GPTModel, dtype: str) -> None:
+    """The check of a live module allows for the rounding of the dtype asked for."""
+    if missing("native"):
+        pytest.skip("the C++ extension is not built")
+    (output,) = LLM(module, backend="native", dtype=dtype).generate([1, 2, 3], GREEDY, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 12
+
+
 def test_a_small_cache_runs_requests_one_after_another(module: GPTModel) -> None:
-    per_block = LLM(module).backend.capacity().bytes_per_block
-    llm = LLM(module, kv_cache_memory_bytes=3 * per_block)  # 48 tokens
+    per_block = LLM(module, dtype="float32").backend.capacity().bytes_per_block
+    llm = LLM(module, dtype="float32", kv_cache_memory_bytes=3 * per_block)  # 48 tokens
     prompts = [[i] * 20 for i in range(1, 6)]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == [naive(module, prompt, 12) for prompt in prompts]
@@ -365,7 +375,7 @@ def test_a_small_cache_runs_requests_one_after_another(module: GPTModel) -> None
 
 
 def test_a_failing_step_leaves_the_engine_usable(module: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = LLM(module)
+    llm = LLM(module, dtype="float32")
     with monkeypatch.context() as patch:
         patch.setattr(llm.backend, "collect", lambda handle: (_ for _ in ()).throw(ValueError("bad logits")))
         with pytest.raises(ValueError, match="bad logits"):

@@ -20,7 +20,7 @@ RELATIVE = 1e-5  # of the largest output: activations with float32 constants agr
 
 
 PROBE_ROWS, PROBE_LENGTH = 2, 24
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+TOLERANCE = {"float64": 1e-8, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2, "int8": 6e-2, "int4": 2e-1}
 """Largest logit difference accepted, as a share of the largest logit, which counts as 10 at least: 1e-4 in float32."""
 
 
@@ -54,14 +54,15 @@ def plain_logits(module: nn.Module, ids: torch.Tensor, config: ModelConfig) -> t
     return logits
 
 
-def check_logits(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, description: str) -> float:
-    """Largest difference between the engine's logits and the module's.
+def check_logits(got: torch.Tensor, wanted: torch.Tensor, dtype: str, description: str) -> float:
+    """Largest difference between the engine's logits, computed in ``dtype``, and the module's.
 
     Raises:
-        ValueError: it is more than rounding in ``dtype`` explains.
+        ValueError: it is more than rounding in the coarser of the two dtypes explains.
     """
+    own = str(wanted.dtype).removeprefix("torch.")
     difference = (got - wanted.to(got.device)).abs().max().item()
-    limit = TOLERANCE[dtype] * max(10.0, wanted.abs().max().item())
+    limit = max(TOLERANCE[dtype], TOLERANCE[own]) * max(10.0, wanted.abs().max().item())
     if not difference <= limit:
         raise ValueError(
             f"the module's logits differ by {difference:.1e} from this engine's on a probe ({limit:.1e} accepted), "
