@@ -10,9 +10,8 @@ from rich.table import Table
 
 import engine
 from engine.backends.registry import BACKENDS, choose, missing
-from engine.backends.torch_backend import available_memory
 from engine.cli import run
-from engine.machine import instruction_sets, processor_name, usable_cpus
+from engine.machine import available_memory, instruction_sets, processor_name, usable_cpus
 
 COMMAND = "python -m engine.doctor"
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "tokenizers", "huggingface_hub", "transformers")

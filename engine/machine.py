@@ -52,3 +52,13 @@ def _cpu_quota(cgroup: Path) -> float | None:
     if not quota.isdigit() or not period.isdigit() or int(quota) == 0 or int(period) == 0:
         return None
     return int(quota) / int(period)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that new allocations can take; a guess of 4 GiB where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 4 << 30

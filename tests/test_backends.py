@@ -174,6 +174,9 @@ def raw_batch(tokens: np.ndarray, **changes: np.ndarray) -> Batch:
         ({"positions": np.array([62, 63, 64], np.int32)}, "position 64 is out of range"),
         ({"slots": np.array([0, 1, 256], np.int64)}, "slot 256 is out of range"),
         ({"block_tables": np.array([[64]], np.int32)}, "block 64 is out of range"),
+        ({"logits_rows": np.array([3], np.int32)}, "logits row 3 is out of range"),
+        ({"previous_rows": np.array([-1, -1, 9], np.int32)}, "(row of the step before|previous row) 9 is out of range"),
+        ({"block_copies": np.array([[0, 64]], np.int32)}, "block (to copy )?64 is out of range"),
     ],
 )
 def test_out_of_range_is_refused(name: str, changes: dict[str, np.ndarray], message: str) -> None:

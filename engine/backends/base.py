@@ -181,9 +181,3 @@ class Backend(ABC):
     @abstractmethod
     def update_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take new values for all weights, of the same shapes. The KV cache is not touched: it is stale then."""
-
-
-def check_choice(what: str, value: str, accepted: tuple[str, ...], owner: str) -> None:
-    """Refuse a value that a backend does not have, naming it and what is accepted."""
-    if value not in accepted:
-        raise ValueError(f"the {owner} backend has no {what} {value!r}; it accepts {', '.join(accepted)}")

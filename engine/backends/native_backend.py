@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from engine.backends.base import Backend, Batch, Capacity, SamplingBatch, Sparse, StepOutput, check_choice
-from engine.backends.torch_backend import available_memory
+from engine.backends.base import Backend, Batch, Capacity, SamplingBatch, Sparse, StepOutput
+from engine.backends.checks import check_choice, free_memory
 from engine.checkpoints.canonical import check_canonical
 from engine.config import ModelConfig
 from engine.machine import usable_cpus
@@ -121,7 +121,7 @@ class NativeBackend(Backend):
         self._model.update([_description(tensor) for tensor in tensors])
 
     def capacity(self) -> Capacity:
-        free = int(available_memory() * self._memory_fraction)
+        free = free_memory(torch.device("cpu"), self._memory_fraction)
         return Capacity(self._model.weight_bytes, self._model.block_bytes, free)
 
     def allocate(self, num_blocks: int) -> None:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.backends import torch_sampling
-from engine.backends.base import Backend, Batch, Capacity, StepOutput, check_choice
+from engine.backends.base import Backend, Batch, Capacity, StepOutput
+from engine.backends.checks import check_batch, check_choice, free_memory
 from engine.config import ModelConfig
 from engine.reference import ACTIVATIONS
 
@@ -125,12 +126,7 @@ class TorchBackend(Backend):
         item = self._dtype.itemsize
         per_block = 2 * self._model.n_layers * self._block_size * self._model.embed_dim * item
         weight_bytes = self._model.num_parameters * item
-        if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
-            free -= int((1 - self._memory_fraction) * total)
-        else:
-            free = int(available_memory() * self._memory_fraction)
-        return Capacity(weight_bytes, per_block, max(0, free))
+        return Capacity(weight_bytes, per_block, free_memory(self._device, self._memory_fraction))
 
     def allocate(self, num_blocks: int) -> None:
         model = self._model
@@ -168,7 +164,8 @@ class TorchBackend(Backend):
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """The residual stream after the last block, ``[T, D]`` in float32 or wider; writes K and V to the cache."""
-        self._check_batch(batch)
+        num_blocks = self._cache.shape[2] if self._cache.dim() == 6 else 0
+        check_batch(batch, self._model, num_blocks, self._block_size, len(self._last_drawn))
         if batch.block_copies is not None:
             source, destination = self._index(batch.block_copies).T
             self._cache[:, :, destination] = self._cache[:, :, source]
@@ -243,22 +240,6 @@ class TorchBackend(Backend):
     def _index(self, array: npt.NDArray[np.integer]) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self._device)
 
-    def _check_batch(self, batch: Batch) -> None:
-        num_blocks, vocab_size = self._cache.shape[2] if self._cache.dim() == 6 else 0, self._model.vocab_size
-        if len(batch.token_ids) == 0:
-            raise ValueError("the batch has no tokens")
-        _check_range("token id", batch.token_ids, 0, vocab_size)
-        _check_range("position", batch.positions, 0, self._model.context_length)
-        _check_range("slot", batch.slots, -1, num_blocks * self._block_size)
-        for table, length in zip(batch.block_tables, batch.context_lens, strict=True):
-            _check_range("block", table[: -(-int(length) // self._block_size)], 0, num_blocks)
-
-
-def _check_range(what: str, values: npt.NDArray[np.integer], low: int, high: int) -> None:
-    if values.min() < low or values.max() >= high:
-        bad = int(values[(values < low) | (values >= high)][0])
-        raise ValueError(f"{what} {bad} is out of range: it must be in [{low}, {high})")
-
 
 def _check_logits(logits: torch.Tensor) -> None:
     """Refuse rows from which no token can be drawn: NaN, +inf, or nothing but -inf."""
@@ -269,13 +250,3 @@ def _check_logits(logits: torch.Tensor) -> None:
         raise ValueError(
             f"the logits of drawn row {row} have maximum {top[row].item()}: no token can be drawn from them"
         )
-
-
-def available_memory() -> int:
-    """Bytes of main memory that new allocations can take; a guess of 4 GiB where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 4 << 30

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.backends.base import Backend, Batch, Capacity, StepOutput, check_choice
-from engine.backends.torch_backend import available_memory
+from engine.backends.base import Backend, Batch, Capacity, StepOutput
+from engine.backends.checks import check_batch, check_choice, free_memory
 from engine.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -95,18 +95,15 @@ class TritonBackend(Backend):
 
         item = self._dtype.itemsize
         per_block = 2 * self._model.n_layers * self._block_size * self._model.embed_dim * item
-        if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
-            free -= int((1 - self._memory_fraction) * total)
-        else:
-            free = int(available_memory() * self._memory_fraction)
-        return Capacity(triton_step.packed_bytes(self._step.packed), per_block, max(0, free))
+        free = free_memory(self._device, self._memory_fraction)
+        return Capacity(triton_step.packed_bytes(self._step.packed), per_block, free)
 
     def allocate(self, num_blocks: int) -> None:
         self._step.allocate(num_blocks)
 
     def submit(self, batch: Batch) -> Handle:
-        self._check_batch(batch)
+        num_blocks = self._step.cache.shape[2] if self._step.cache.dim() == 6 else 0
+        check_batch(batch, self._model, num_blocks, self._block_size, self._step.num_drawn)
         with torch.inference_mode():
             if self._device.type != "cuda":
                 tensors = self._step.run(batch)
@@ -130,22 +127,6 @@ class TritonBackend(Backend):
         return StepOutput(
             host["tokens"], host["logprobs"], host["ranks"], host["top_ids"], host["top_logprobs"], wanted
         )
-
-    def _check_batch(self, batch: Batch) -> None:
-        num_blocks = self._step.cache.shape[2] if self._step.cache.dim() == 6 else 0
-        if len(batch.token_ids) == 0:
-            raise ValueError("the batch has no tokens")
-        _check_range("token id", batch.token_ids, 0, self._model.vocab_size)
-        _check_range("position", batch.positions, 0, self._model.context_length)
-        _check_range("slot", batch.slots, -1, num_blocks * self._block_size)
-        for table, length in zip(batch.block_tables, batch.context_lens, strict=True):
-            _check_range("block", table[: -(-int(length) // self._block_size)], 0, num_blocks)
-        for what, rows in (("drawn row", batch.draw_rows), ("logits row", batch.logits_rows)):
-            _check_range(what, rows, 0, len(batch.token_ids))
-        if batch.previous_rows is not None:
-            _check_range("row of the step before", batch.previous_rows, -1, self._step.num_drawn)
-        if batch.block_copies is not None:
-            _check_range("block to copy", batch.block_copies, 0, num_blocks)
 
 
 class TritonInterpretBackend(TritonBackend):
@@ -184,9 +165,3 @@ def _check_status(status: npt.NDArray[np.int32]) -> None:
     for row in np.flatnonzero(status):
         why = "hold NaN or +inf" if status[row] == 1 else "exclude every token"
         raise ValueError(f"the logits of drawn row {row} {why}: no token can be drawn from them")
-
-
-def _check_range(what: str, values: npt.NDArray[np.integer], low: int, high: int) -> None:
-    bad = values[(values < low) | (values >= high)]
-    if bad.size:
-        raise ValueError(f"{what} {int(bad.flat[0])} is out of range: it must be in [{low}, {high})")

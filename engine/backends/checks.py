@@ -1,0 +1,57 @@
+"""What backends ask alike: is this option one of ours, is this batch within bounds, how much memory is free."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.backends.base import Batch
+from engine.config import ModelConfig
+from engine.machine import available_memory
+
+
+def check_choice(what: str, value: str, accepted: tuple[str, ...], owner: str) -> None:
+    """Refuse a value that a backend does not have, naming it and what is accepted."""
+    if value not in accepted:
+        raise ValueError(f"the {owner} backend has no {what} {value!r}; it accepts {', '.join(accepted)}")
+
+
+def check_batch(batch: Batch, model: ModelConfig, num_blocks: int, block_size: int, num_drawn: int) -> None:
+    """Refuse a batch that is empty or points outside of the model, the KV cache, itself or the step before.
+
+    Args:
+        batch: what ``submit`` was given.
+        model: the architecture.
+        num_blocks: blocks of the KV cache.
+        block_size: tokens in a block.
+        num_drawn: tokens that the step before drew.
+
+    Raises:
+        ValueError: with the value and the range that it must be in.
+    """
+    if len(batch.token_ids) == 0:
+        raise ValueError("the batch has no tokens")
+    _check_range("token id", batch.token_ids, 0, model.vocab_size)
+    _check_range("position", batch.positions, 0, model.context_length)
+    _check_range("slot", batch.slots, -1, num_blocks * block_size)
+    for table, length in zip(batch.block_tables, batch.context_lens, strict=True):
+        _check_range("block", table[: -(-int(length) // block_size)], 0, num_blocks)
+    for what, rows in (("drawn row", batch.draw_rows), ("logits row", batch.logits_rows)):
+        _check_range(what, rows, 0, len(batch.token_ids))
+    if batch.previous_rows is not None:
+        _check_range("row of the step before", batch.previous_rows, -1, num_drawn)
+    if batch.block_copies is not None:
+        _check_range("block to copy", batch.block_copies, 0, num_blocks)
+
+
+def _check_range(what: str, values: npt.NDArray[np.integer], low: int, high: int) -> None:
+    bad = values[(values < low) | (values >= high)]
+    if bad.size:
+        raise ValueError(f"{what} {int(bad.flat[0])} is out of range: it must be in [{low}, {high})")
+
+
+def free_memory(device: torch.device, fraction: float) -> int:
+    """Bytes that a KV cache may take: ``fraction`` of a GPU's memory less what is used, or of the free main memory."""
+    if device.type != "cuda":
+        return int(available_memory() * fraction)
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, free - int((1 - fraction) * total))
