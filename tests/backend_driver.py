@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from sampling_batches import neutral_sampling
 
 from engine.backends.base import Backend, Batch, SamplingBatch, StepOutput
 from engine.checkpoints.canonical import canonical_shapes
@@ -98,12 +99,6 @@ class Driver:
 
 
 def greedy(rows: int, **changes: object) -> SamplingBatch:
-    """Neutral options for ``rows`` draws, but for the changes."""
-    zeros, ones = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-    neutral = {
-        "temperature": zeros, "top_k": np.zeros(rows, np.int32), "top_p": ones, "min_p": zeros,
-        "seeds": np.arange(rows, dtype=np.uint64), "positions": np.zeros(rows, np.uint32),
-        "sample_index": np.zeros(rows, np.uint32), "num_logprobs": 0, "presence_penalty": zeros,
-        "frequency_penalty": zeros, "repetition_penalty": ones,
-    }  # fmt: skip
-    return SamplingBatch(**(neutral | changes))  # type: ignore[arg-type]
+    """Greedy draws of ``rows`` rows, with changes."""
+    own = {"temperature": np.zeros(rows, np.float32), "seeds": np.arange(rows, dtype=np.uint64)}
+    return neutral_sampling(rows, **(own | changes))

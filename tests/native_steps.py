@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import random_weights
+from sampling_batches import neutral_sampling
 
 from engine.backends.base import Batch, SamplingBatch
 from engine.backends.native_backend import NativeBackend
@@ -79,21 +80,10 @@ def ids_of(seed: int, length: int, config: ModelConfig) -> list[int]:
 
 
 def neutral(rows: int, **changes: object) -> SamplingBatch:
-    """Options of ``rows`` draws at temperature 1, with changes."""
-    options: dict[str, object] = {
-        "temperature": np.ones(rows, np.float32),
-        "top_k": np.zeros(rows, np.int32),
-        "top_p": np.ones(rows, np.float32),
-        "min_p": np.zeros(rows, np.float32),
-        "seeds": np.arange(rows, dtype=np.uint64) * 977 + 5,
-        "positions": np.arange(rows, dtype=np.uint32) + 11,
-        "sample_index": np.zeros(rows, np.uint32),
-        "num_logprobs": 0,
-        "presence_penalty": np.zeros(rows, np.float32),
-        "frequency_penalty": np.zeros(rows, np.float32),
-        "repetition_penalty": np.ones(rows, np.float32),
-    }
-    return SamplingBatch(**{**options, **changes})  # type: ignore[arg-type]
+    """Options of ``rows`` draws at temperature 1, each with its own seed and position, with changes."""
+    steps = np.arange(rows)
+    own = {"seeds": steps.astype(np.uint64) * 977 + 5, "positions": steps.astype(np.uint32) + 11}
+    return neutral_sampling(rows, **(own | changes))
 
 
 def run_in_process(code: str, **variables: str) -> str:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from models import random_weights, tiny_config
+from sampling_batches import neutral_sampling
 
-from engine.backends.base import Backend, Batch, SamplingBatch
+from engine.backends.base import Backend, Batch
 from engine.backends.registry import BACKENDS, missing
 from engine.backends.torch_backend import TorchBackend
 from engine.checkpoints.canonical import to_reference
@@ -265,18 +266,11 @@ def test_rows_may_repeat_with_another_sample_index(name: str) -> None:
     config = CONFIGS["plain"]
     backend = make(config, name)
     count = 40
-    sampling = SamplingBatch(
-        temperature=np.ones(count, np.float32),
-        top_k=np.zeros(count, np.int32),
-        top_p=np.ones(count, np.float32),
-        min_p=np.zeros(count, np.float32),
+    sampling = neutral_sampling(
+        count,
         seeds=np.full(count, 5, np.uint64),
         positions=np.full(count, 3, np.uint32),
         sample_index=np.arange(count, dtype=np.uint32),
-        num_logprobs=0,
-        presence_penalty=np.zeros(count, np.float32),
-        frequency_penalty=np.zeros(count, np.float32),
-        repetition_penalty=np.ones(count, np.float32),
     )
     rows = np.full(count, 2, np.int32)
     batch = raw_batch(

@@ -6,6 +6,7 @@ import torch
 from chi_square import chi_square_p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_batches import neutral_sampling
 
 from engine.backends.base import SamplingBatch, Sparse
 from engine.backends.torch_sampling import draw, gumbel_noise, keep, logprobs, philox
@@ -24,20 +25,7 @@ def philox_oracle(counter: tuple[int, int, int, int], key: tuple[int, int]) -> l
 
 
 def batch(rows: int, **changes: object) -> SamplingBatch:
-    neutral: dict[str, object] = {
-        "temperature": np.ones(rows, np.float32),
-        "top_k": np.zeros(rows, np.int32),
-        "top_p": np.ones(rows, np.float32),
-        "min_p": np.zeros(rows, np.float32),
-        "seeds": np.zeros(rows, np.uint64),
-        "positions": np.arange(rows, dtype=np.uint32),
-        "sample_index": np.zeros(rows, np.uint32),
-        "num_logprobs": 0,
-        "presence_penalty": np.zeros(rows, np.float32),
-        "frequency_penalty": np.zeros(rows, np.float32),
-        "repetition_penalty": np.ones(rows, np.float32),
-    }
-    return SamplingBatch(**{**neutral, **changes})  # type: ignore[arg-type]
+    return neutral_sampling(rows, **({"positions": np.arange(rows, dtype=np.uint32)} | changes))
 
 
 def test_philox_known_answers() -> None:
