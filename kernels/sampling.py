@@ -35,19 +35,23 @@ def ordered_bits(x):
 
 
 @triton.jit
+def gumbel(words):
+    """Gumbel noise of random words r: u = (r + 1/2) / 2**32, E = -log(1 - u), as a series below 1e-3, g = -log(E)."""
+    u = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    series = u + u * u / 2.0 + u * u * u / 3.0
+    return -tl.log(tl.where(u < 1e-3, series, -tl.log(tl.maximum(1.0 - u, 2.3283064365386963e-10))))
+
+
+@triton.jit
 def gumbel_noise(seed, quads, position, sample_index, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Gumbel noise of 4 consecutive vocabulary ids for each of ``quads`` [ROWS, TILE / 4], id >> 2: [ROWS, TILE].
 
-    The other arguments are scalars or [ROWS, 1]. The word r of an id becomes u = (r + 1/2) / 2**32, E = -log(1 - u),
-    as a series below 1e-3, and g = -log(E).
+    The other arguments are scalars or [ROWS, 1].
     """
     counter = quads.to(tl.uint32)
     zero = counter * 0
     w0, w1, w2, w3 = tl.philox(seed, counter, zero + position, zero + sample_index, zero)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, TILE])
-    u = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    series = u + u * u / 2.0 + u * u * u / 3.0
-    return -tl.log(tl.where(u < 1e-3, series, -tl.log(tl.maximum(1.0 - u, 2.3283064365386963e-10))))
+    return gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, TILE]))
 
 
 @triton.jit

@@ -30,13 +30,11 @@ def guarded(shape: Sequence[int], dtype: torch.dtype, fill: float | None = None,
 
     The last dimension is contiguous, the others are strided by the padded row.
     """
-    poison = torch.nan if dtype.is_floating_point else -1
     rows, width = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
-    whole = torch.full((rows + 2, width + gap), poison, dtype=dtype)
+    whole = torch.empty((rows + 2, width + gap), dtype=dtype)
     whole.view(torch.uint8)[:] = 0xFF  # a NaN in every float format here, -1 in every integer
     view = whole[1:-1, :width].unflatten(0, shape[:-1]) if len(shape) > 1 else whole[1, :width]
-    view.fill_(poison if fill is None else fill)
-    return view
+    return view if fill is None else view.fill_(fill)
 
 
 def guarded_like(values: torch.Tensor, dtype: torch.dtype | None = None, gap: int = GUARD) -> torch.Tensor:

@@ -1,225 +1,125 @@
-"""``python tests/mutate.py``: break the kernels on purpose, one line at a time; the suite must notice each time.
+"""``python tests/mutate.py``: break the kernels on purpose, one place at a time; the suite must notice each time.
 
-Each mutant is made in a copy of the repository and judged by the tests of its kernel. A table goes to standard output
-and, with ``--output``, to a file; the exit status is 1 if a mutant survived. ``--only TEXT`` runs those whose file or
-change contains the text.
+Each mutant is made in a copy of the repository and judged by the tests of its file, the quick ones first, up to the
+first that fails. A mutant counts as killed when a test fails, not when the tests cannot be run; and before anything is
+mutated, those tests have to pass. A table goes to standard output and, with ``--output``, to a file; the exit status
+is 1 if a mutant survived. ``--only TEXT`` runs those whose file or change contains the text, ``--workers N`` judges N
+at a time.
 """
 
 import argparse
 import os
+import queue
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One change: the first (or ``nth``) place of ``old`` in ``kernels/<file>.py`` becomes ``new``."""
+def first_failure(test_file: str, root: Path) -> str:
+    """The name of the first test of the file that fails, or "".
 
-    file: str
-    old: str
-    new: str
-    what: str
-    nth: int = 1
-    tests: str = ""
-
-    @property
-    def test_file(self) -> str:
-        return self.tests or f"tests/test_kernel_{self.file}.py"
-
-
-MUTANTS = [
-    Mutant("common", "x = left + right", "x = left", "tree drops half", tests="tests/test_kernel_layer_norm.py"),
-    Mutant(
-        "common",
-        "/ WIDTH\n    return",
-        "/ CHUNK\n    return",
-        "variance over the chunk",
-        tests="tests/test_kernel_layer_norm.py",
-    ),
-    Mutant(
-        "common",
-        "centred = tl.where(mask, x - mean[:, None], 0.0)",
-        "centred = x - mean[:, None]",
-        "padding enters the variance",
-        tests="tests/test_kernel_layer_norm.py",
-    ),
-    Mutant(
-        "common",
-        "tl.sqrt_rn(variance + eps)",
-        "tl.sqrt_rn(variance)",
-        "eps is lost",
-        tests="tests/test_kernel_layer_norm.py",
-    ),
-    Mutant(
-        "common", "tl.store(counter_ptr, 0)", "pass", "the counter is not reset", tests="tests/test_kernel_linear.py"
-    ),
-    Mutant("common", "== expected - 1", "== expected", "nobody is last", tests="tests/test_kernel_linear.py"),
-    Mutant("common", "== expected - 1", "== 0", "the first finishes", tests="tests/test_kernel_linear.py"),
-    Mutant("common", "0.044715", "0.04", "another GELU", tests="tests/test_kernel_linear.py"),
-    Mutant("common", "x * 0.7071067811865476", "x * 0.7", "another exact GELU", tests="tests/test_kernel_linear.py"),
-    Mutant(
-        "common", "rstd * weight + bias", "rstd * weight", "norm bias is lost", tests="tests/test_kernel_layer_norm.py"
-    ),
-    Mutant(
-        "embedding", "previous >= 0, drawn, given", "previous > 0, drawn, given", "row 0 of the step before is ignored"
-    ),
-    Mutant(
-        "embedding", "positions[:, None] * pos_stride", "rows[:, None] * pos_stride", "positions are taken for rows"
-    ),
-    Mutant("embedding", "row_mask = rows < num_rows", "row_mask = rows <= num_rows", "one row too many"),
-    Mutant("layer_norm", "rows[:, None] * y_stride", "rows[:, None] * x_stride", "another tensor's stride"),
-    Mutant("layer_norm", "column_mask = columns < WIDTH", "column_mask = columns <= WIDTH", "one column too many"),
-    Mutant("layer_norm", "+ residual.to(tl.float32)", "", "the residual is lost"),
-    Mutant(
-        "linear",
-        "mask=(part == 2)[:, None] & kept",
-        "mask=(part == 2)[:, None] & row_mask[None, :]",
-        "slot -1 is written",
-    ),
-    Mutant("linear", "slots % BLOCK_SIZE", "slots % 16", "block size is taken for 16"),
-    Mutant("linear", "within % HEAD_DIM", "within % BLOCK_SIZE", "head width is mixed up"),
-    Mutant(
-        "linear",
-        "first_k = (split * BLOCKS_PER_SPLIT + step) * BLOCK_K",
-        "first_k = step * BLOCK_K",
-        "all splits do the first",
-    ),
-    Mutant("linear", "old + y, mask=mask", "y, mask=mask", "the residual is lost"),
-    Mutant("linear", "rows < num_rows", "rows <= num_rows", "one row too many"),
-    Mutant("linear", "for split in range(SPLITS):", "for split in range(1, SPLITS):", "a partial sum is left out"),
-    Mutant("linear", "out_mask = outs < N", "out_mask = outs <= N", "one output too many"),
-    Mutant("linear", 'if WEIGHTS == "int8":', "if False:", "the int8 scale is lost"),
-    Mutant(
-        "linear", "range(0, BLOCK_T, STAT_ROWS)", "range(0, STAT_ROWS, STAT_ROWS)", "statistics of the first rows only"
-    ),
-    Mutant(
-        "weights", "(packed >> 4)", "(packed >> 3)", "the high half is shifted", tests="tests/test_kernel_linear.py"
-    ),
-    Mutant(
-        "weights", "tl.join(low, high)", "tl.join(high, low)", "halves are swapped", tests="tests/test_kernel_linear.py"
-    ),
-    Mutant(
-        "weights",
-        "ks[None, :] // GROUP",
-        "ks[None, :] // 32",
-        "another group size",
-        tests="tests/test_kernel_linear.py",
-    ),
-    Mutant(
-        "weights", "k_mask = ks < K", "k_mask = ks <= K", "one column too many", tests="tests/test_kernel_linear.py"
-    ),
-    Mutant(
-        "attention",
-        "keys[None, :] <= positions[:, None]",
-        "keys[None, :] < positions[:, None]",
-        "a query does not see itself",
-    ),
-    Mutant("attention", "keys[None, :] <= positions[:, None]", "keys[None, :] >= 0", "no causal mask"),
-    Mutant("attention", "key_mask = keys < kv_end", "key_mask = keys <= kv_end", "one key too many"),
-    Mutant("attention", "block * HEADS + head", "block + head", "heads are not strided"),
-    Mutant("attention", "l = l * alpha +", "l = l +", "the running sum is not rescaled"),
-    Mutant("attention", "acc * alpha[:, None]", "acc", "the running output is not rescaled"),
-    Mutant("attention", "l * old + split_l * new", "l + split_l", "splits are added without their maxima"),
-    Mutant(
-        "attention", "num_splits = tl.cdiv(kv_end, SPLIT)", "num_splits = kv_end // SPLIT", "the last split is left out"
-    ),
-    Mutant("logits", "mean_ptr + x_rows", "mean_ptr + rows", "another row's mean"),
-    Mutant("logits", "(outs < N)[:, None] & row_mask", "(outs <= N)[:, None] & row_mask", "one logit too many"),
-    Mutant("sampling", "bits ^ 0xFFFFFFFF", "bits", "negative floats in the wrong order"),
-    Mutant("sampling", "(n1 >= target)", "(n1 > target)", "the k-th is not kept"),
-    Mutant(
-        "sampling",
-        "tl.join(tl.join(w0, w2), tl.join(w1, w3))",
-        "tl.join(tl.join(w0, w1), tl.join(w2, w3))",
-        "words are swapped",
-    ),
-    Mutant("sampling", "frequency * values", "frequency", "a count is not counted"),
-    Mutant("sampling", "tl.where(values > 0.0, presence, 0.0)", "presence", "ids of the prompt count as present"),
-    Mutant("sampling", ">= min_p", "> min_p", "min_p leaves out the border"),
-    Mutant(
-        "sampling",
-        "tl.where(ordered_bits(x) >= floor, _mass(x, maximum), 0)",
-        "_mass(x, maximum)",
-        "top-p forgets top-k",
-    ),
-    Mutant("sampling", "better = top > best", "better = top >= best", "the highest id among equals"),
-    Mutant("sampling", "(ids % 32)", "(ids % 16)", "another bit of the mask"),
-    Mutant("sampling", "above + 1", "above", "ranks from 0"),
-    Mutant("head_sample", "better = step_best > best", "better = step_best >= best", "the last tile among equals"),
-    Mutant(
-        "head_sample",
-        "add_masses(mass, top, part",
-        "add_masses(0.0, top, part",
-        "mass of the last step alone",
-    ),
-    Mutant("head_sample", 'tl.where(bad != 0, float("inf"), top)', "top", "NaN goes unseen"),
-    Mutant("head_sample", "quads = first_id // 4 +", "quads = first_id +", "another part of the stream"),
-]
+    Raises:
+        RuntimeError: the tests did not run.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for chosen in ("not slow", "slow"):
+        done = subprocess.run([*command, chosen, test_file], cwd=root, capture_output=True, text=True, env=environment)
+        failed = re.search(r"^FAILED [^:]*::([^\s\[]*)", done.stdout, re.MULTILINE)
+        if done.returncode == 1 and failed is not None:
+            return failed[1]
+        if done.returncode not in (0, 5):  # 5: there are no such tests
+            raise RuntimeError(f"{test_file} did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return ""
 
 
-def judge(mutant: Mutant, copy: Path) -> tuple[str, float]:
-    """("killed" or "SURVIVED", seconds): whether the tests of the mutant's kernel fail on it."""
-    path = copy / "kernels" / f"{mutant.file}.py"
+def judge(mutant: Mutant, root: Path) -> str:
+    """The name of the test that notices the mutant in this copy of the repository, or ""."""
+    path = root / mutant.path
     source = path.read_text()
-    parts = source.split(mutant.old)
-    if len(parts) <= mutant.nth:
-        raise SystemExit(f"{mutant.file}.py has no {mutant.old!r} to change: bring the list of mutants up to date")
-    path.write_text(mutant.old.join(parts[: mutant.nth]) + mutant.new + mutant.old.join(parts[mutant.nth :]))
-    start = time.perf_counter()
+    path.write_text(mutant.apply(source))
     try:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not slow",
-            mutant.test_file,
-        ]
-        done = subprocess.run(command, cwd=copy, capture_output=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+        return first_failure(mutant.test_file, root)
     finally:
         path.write_text(source)
-    return "SURVIVED" if done.returncode == 0 else "killed", time.perf_counter() - start
+
+
+def copy_repository(target: Path) -> Path:
+    """Every file that is tracked, or would be."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def judge_all(mutants: Sequence[Mutant], workers: int) -> list[str]:
+    """What ``judge`` says of each mutant, in order; each worker has a copy of its own.
+
+    Raises:
+        RuntimeError: the tests fail as they are, or did not run.
+    """
+    free: queue.Queue[Path] = queue.Queue()
+
+    def in_a_copy(work: Mutant | str) -> str:
+        copy, start = free.get(), time.perf_counter()
+        try:
+            verdict = first_failure(work, copy) if isinstance(work, str) else judge(work, copy)
+        finally:
+            free.put(copy)
+        name = work if isinstance(work, str) else f"{work.path}: {work.what}"
+        print(f"{name}: {verdict or 'nothing fails'} ({time.perf_counter() - start:.0f} s)", flush=True)
+        return verdict
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        for worker in range(workers):
+            free.put(copy_repository(Path(folder) / str(worker)))
+        test_files = sorted({mutant.test_file for mutant in mutants})
+        for test_file, failed in zip(test_files, pool.map(in_a_copy, test_files), strict=True):
+            if failed:
+                raise RuntimeError(f"{failed} in {test_file} fails with no mutant")
+        return list(pool.map(in_a_copy, mutants))
+
+
+def table(mutants: Sequence[Mutant], verdicts: Sequence[str]) -> str:
+    """In Markdown, and how many were killed."""
+    lines = ["| file | mutant | the first test that fails |", "|---|---|---|"]
+    for mutant, verdict in zip(mutants, verdicts, strict=True):
+        lines.append(f"| `{mutant.path}` | {mutant.what} | {f'`{verdict}`' if verdict else '**none: it survived**'} |")
+    killed = sum(map(bool, verdicts))
+    return "\n".join([*lines, "", f"{killed} of {len(mutants)} killed."])
 
 
 def main() -> int:
+    """The command line."""
+    sys.path.insert(0, str(ROOT))
+    from kernels.compile import sources_hash
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="mutants whose file or change contains this text")
+    parser.add_argument("--workers", type=int, default=1, help="how many are judged at a time")
     parser.add_argument("--output", type=Path, help="where the table goes too")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if args.only in f"{m.file} {m.what} {m.old}"]
-    lines = ["| file | mutant | verdict |", "|---|---|---|"]
-    print("\n".join(lines), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        listed = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        for name in listed.stdout.split():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, copy / name)
-        verdicts = []
-        for mutant in chosen:
-            verdict, seconds = judge(mutant, copy)
-            verdicts.append(verdict)
-            lines.append(f"| {mutant.file} | {mutant.what} | {verdict} |")
-            print(f"{lines[-1]} {seconds:.0f} s", flush=True)
-    survived = verdicts.count("SURVIVED")
-    lines.append(f"\n{len(verdicts) - survived} of {len(verdicts)} killed.")
-    print(lines[-1])
+    chosen = [m for m in MUTANTS if args.only in f"{m.path} {m.what} {m.old}"]
+    verdicts = judge_all(chosen, args.workers)
+    text = table(chosen, verdicts)
+    print(text)
     if args.output is not None:
-        args.output.write_text("# Mutants\n\n`python tests/mutate.py` made this table.\n\n" + "\n".join(lines) + "\n")
-    return min(survived, 1)
+        made = f"`make mutate` made this table, of the sources whose hash (`kernels.compile`) is `{sources_hash()}`."
+        args.output.write_text(f"# Mutants\n\n{made}\n\n{text}\n")
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

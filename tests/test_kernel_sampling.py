@@ -11,7 +11,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.sampling import Drawn, Options, SparseRows, _threshold, gumbel_noise, ordered_bits, sampling
+from kernels.sampling import Drawn, Options, SparseRows, _threshold, gumbel, gumbel_noise, ordered_bits, sampling
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -24,7 +24,7 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack(c, axis=1).astype(np.uint32)
 
 
-def gumbel(words: np.ndarray) -> np.ndarray:
+def expected_gumbel(words: np.ndarray) -> np.ndarray:
     """Gumbel noise of random words, in float64 from the float32 u."""
     u = ((words.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)).astype(np.float64)
     return -np.log(-np.log1p(-np.minimum(u, 1 - 2.0**-32)))
@@ -33,7 +33,7 @@ def gumbel(words: np.ndarray) -> np.ndarray:
 def noise(seed: int, position: int, sample: int, vocab_size: int) -> np.ndarray:
     quads = np.arange(-(-vocab_size // 4))
     counter = np.stack([quads, np.full_like(quads, position), np.full_like(quads, sample), 0 * quads], axis=1)
-    return gumbel(philox(counter, (seed & 0xFFFFFFFF, seed >> 32))).ravel()[:vocab_size]
+    return expected_gumbel(philox(counter, (seed & 0xFFFFFFFF, seed >> 32))).ravel()[:vocab_size]
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,24 @@ def test_any_options(vocab: int, seed: int, heat: float, k: int, p: float, min_p
 
 
 @triton.jit
+def _philox_kernel(seed_ptr, out_ptr, position, sample):
+    quads = tl.arange(0, 16)
+    zero = quads.to(tl.uint32) * 0
+    words = tl.philox(tl.load(seed_ptr), quads.to(tl.uint32), zero + position, zero + sample, zero)
+    for i in tl.static_range(4):
+        tl.store(out_ptr + quads * 4 + i, words[i].to(tl.int64))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 + 12345, 2**64 - 1])
+@pytest.mark.parametrize(("position", "sample"), [(0, 0), (1023, 7)])
+def test_the_streams_integers_are_numpys(seed: int, position: int, sample: int) -> None:
+    out = torch.empty(64, dtype=torch.int64)
+    _philox_kernel[(1,)](torch.from_numpy(np.array([seed], np.uint64).view(np.int64)), out, position, sample)
+    counter = np.stack([np.arange(16), np.full(16, position), np.full(16, sample), np.zeros(16, int)], axis=1)
+    assert out.tolist() == philox(counter, (seed & 0xFFFFFFFF, seed >> 32)).ravel().tolist()
+
+
+@triton.jit
 def _noise_kernel(seed_ptr, out_ptr, first, position, sample):
     span = tl.arange(0, 4)[:, None] * 64 + tl.arange(0, 64)[None, :]
     quads = first // 4 + tl.arange(0, 4)[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -213,9 +231,7 @@ def test_noise_is_the_streams(seed: int, position: int, sample: int) -> None:
 @triton.jit
 def _words_to_noise_kernel(words_ptr, out_ptr):
     at = tl.arange(0, 8)
-    u = (tl.load(words_ptr + at).to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    series = u + u * u / 2.0 + u * u * u / 3.0
-    tl.store(out_ptr + at, -tl.log(tl.where(u < 1e-3, series, -tl.log(tl.maximum(1.0 - u, 2.3283064365386963e-10)))))
+    tl.store(out_ptr + at, gumbel(tl.load(words_ptr + at).to(tl.uint32, bitcast=True)))
 
 
 def test_extreme_words_give_finite_noise() -> None:
@@ -223,7 +239,7 @@ def test_extreme_words_give_finite_noise() -> None:
     out = torch.empty(8)
     _words_to_noise_kernel[(1,)](torch.from_numpy(words.view(np.int32)), out)
     assert out.isfinite().all()
-    np.testing.assert_allclose(out.numpy(), gumbel(words), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out.numpy(), expected_gumbel(words), rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
