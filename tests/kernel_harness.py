@@ -10,6 +10,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,6 +41,17 @@ def guarded(shape: Sequence[int], dtype: torch.dtype, fill: float | None = None,
 def guarded_like(values: torch.Tensor, dtype: torch.dtype | None = None, gap: int = GUARD) -> torch.Tensor:
     """A guarded copy of ``values``."""
     return guarded(values.shape, dtype or values.dtype, gap=gap).copy_(values)
+
+
+def far_rows(values: torch.Tensor, folder: Path) -> torch.Tensor:
+    """A copy of ``values`` [3, W] whose rows are 2**30 elements apart: the third starts past what 32 bits can count.
+
+    It lies in a sparse file in ``folder``, with as much again before it, where an offset that wraps around leads to.
+    """
+    rows, width = values.shape
+    size = 2**31 + 2**30 * (rows - 1) + width
+    whole = torch.from_file(str(folder / f"far_{len([*folder.iterdir()])}"), True, size, dtype=values.dtype)
+    return whole.as_strided((rows, width), (2**30, 1), 2**31).copy_(values)
 
 
 def element_addresses(tensor: torch.Tensor) -> np.ndarray:

@@ -1,9 +1,13 @@
 """Embedding against torch: gather, position add, the first LayerNorm's statistics."""
 
+from pathlib import Path
+
 import kernel_harness as harness
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels.embedding import cost, embedding
 
@@ -21,8 +25,14 @@ def make(rows: int, width: int, dtype: torch.dtype, vocab: int = 50, context: in
         "drawn_ids": harness.guarded_like(torch.from_numpy(rng.integers(0, vocab, 7).astype(np.int32))),
         "positions": harness.guarded_like(integers(context)),
         "tok": harness.guarded_like(torch.from_numpy(rng.normal(size=(vocab, width))), dtype),
-        "pos": harness.guarded_like(torch.from_numpy(rng.normal(size=(context, width))), dtype),
+        "pos": harness.guarded_like(torch.from_numpy(rng.normal(size=(context, width))), dtype, gap=11),
     }
+
+
+def expected_rows(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    previous = inputs["previous_rows"].long()
+    ids = torch.where(previous >= 0, inputs["drawn_ids"].long()[previous.clamp(min=0)], inputs["token_ids"].long())
+    return inputs["tok"].float()[ids] + inputs["pos"].float()[inputs["positions"].long()]
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
@@ -34,14 +44,33 @@ def test_embedding(rows: int, width: int, dtype: torch.dtype) -> None:
     harness.run_in_every_order(
         lambda: embedding(**inputs, x=x, mean=mean, rstd=rstd, eps=EPS), [x, mean, rstd], list(inputs.values())
     )
-    previous = inputs["previous_rows"].long()
-    ids = torch.where(previous >= 0, inputs["drawn_ids"].long()[previous.clamp(min=0)], inputs["token_ids"].long())
-    expected = inputs["tok"].float()[ids] + inputs["pos"].float()[inputs["positions"].long()]
+    expected = expected_rows(inputs)
     assert harness.same_bits(x, expected)
     wide = expected.double()
     variance = wide.var(dim=1, correction=0)
     torch.testing.assert_close(mean.double(), wide.mean(dim=1), rtol=0, atol=1e-6)
     torch.testing.assert_close(rstd.double(), (variance + EPS).rsqrt(), rtol=2e-6, atol=0)
+
+
+def test_rows_past_2_to_the_31(tmp_path: Path) -> None:
+    inputs = make(3, 37, torch.float16, vocab=3, context=3)
+    inputs |= {name: harness.far_rows(inputs[name], tmp_path) for name in ("tok", "pos")}
+    inputs["previous_rows"].fill_(-1)
+    inputs["token_ids"].copy_(torch.tensor([2, 1, 0])), inputs["positions"].copy_(torch.tensor([0, 2, 2]))
+    x, mean, rstd = harness.far_rows(torch.zeros(3, 37), tmp_path), torch.empty(3), torch.empty(3)
+    embedding(**inputs, x=x, mean=mean, rstd=rstd, eps=EPS)
+    assert harness.same_bits(x, inputs["tok"].float()[[2, 1, 0]] + inputs["pos"].float()[[0, 2, 2]])
+    torch.testing.assert_close(mean.double(), x.double().mean(dim=1), rtol=0, atol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 600), st.sampled_from(harness.DTYPES))
+def test_any_shape(rows: int, width: int, dtype: torch.dtype) -> None:
+    inputs = make(rows, width, dtype)
+    x, mean, rstd = torch.full((rows, width), torch.nan), torch.empty(rows), torch.empty(rows)
+    embedding(**inputs, x=x, mean=mean, rstd=rstd, eps=EPS)
+    assert harness.same_bits(x, expected_rows(inputs))
+    torch.testing.assert_close(mean.double(), x.double().mean(dim=1), rtol=0, atol=1e-6)
 
 
 def test_cost_is_what_is_touched() -> None:

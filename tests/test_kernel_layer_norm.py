@@ -1,8 +1,12 @@
 """LayerNorm against float64."""
 
+from pathlib import Path
+
 import kernel_harness as harness
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels.layer_norm import cost, layer_norm
 
@@ -18,7 +22,7 @@ def test_layer_norm(rows: int, width: int, has_residual: bool, dtype: torch.dtyp
     residual = harness.guarded_like(torch.randn(rows, width), dtype, gap=13)
     weight, bias = harness.guarded_like(torch.randn(width), dtype), harness.guarded_like(torch.randn(width), dtype)
     y = harness.guarded([rows, width], dtype, gap=7)
-    total = harness.guarded([rows, width], torch.float32)
+    total = harness.guarded([rows, width], torch.float32, gap=19)
     extra = (residual, total) if has_residual else (None, None)
     outputs = [y, total] if has_residual else [y]
     harness.run_in_every_order(
@@ -49,6 +53,27 @@ def test_a_row_has_the_same_bits_in_any_batch(rows: int) -> None:
     layer_norm(x, weight, bias, whole, EPS)
     layer_norm(x[7 : 7 + rows], weight, bias, part, EPS)
     assert harness.same_bits(part, whole[7 : 7 + rows])
+
+
+def test_rows_past_2_to_the_31(tmp_path: Path) -> None:
+    x, residual = (harness.far_rows(torch.randn(3, 37).half(), tmp_path) for _ in range(2))
+    y, total = harness.far_rows(torch.zeros(3, 37).half(), tmp_path), harness.far_rows(torch.zeros(3, 37), tmp_path)
+    weight, bias = torch.ones(37).half(), torch.zeros(37).half()
+    for extra, wide in ((), x), ((residual, total), x.float() + residual.float()):
+        layer_norm(x, weight, bias, y, EPS, *extra)
+        expected = torch.nn.functional.layer_norm(wide.double(), (37,), eps=EPS)
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-3)
+    assert harness.same_bits(total, x.float() + residual.float())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 600), st.sampled_from(harness.DTYPES))
+def test_any_shape(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    y, one, zero = torch.full((rows, width), torch.nan), torch.ones(width), torch.zeros(width)
+    layer_norm(x, one, zero, y, EPS)
+    oracle = torch.nn.functional.layer_norm(x.double(), (width,), eps=EPS)
+    torch.testing.assert_close(y.double(), oracle, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("has_residual", [False, True])

@@ -1,11 +1,14 @@
 """The fused linear against float64: prologue, K splits, epilogues, the paged cache, row statistics, row bits."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import kernel_harness as harness
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels import tiles
 from kernels.linear import KVCache, Norm, Residual, Workspace, cost, linear
@@ -76,6 +79,7 @@ def output_floor(dtype: torch.dtype, oracle: torch.Tensor) -> float:
         (17, 64, 128, "relu"),
         (33, 130, 64, "silu"),
         (66, 65, 130, "none"),
+        pytest.param(2, 1023, 768, "gelu_tanh", marks=pytest.mark.slow),
     ],
 )
 def test_activations(rows: int, n: int, k: int, activation: str, dtype: torch.dtype) -> None:
@@ -97,13 +101,15 @@ def test_activations(rows: int, n: int, k: int, activation: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
-@pytest.mark.parametrize(("rows", "n", "k"), [(2, 37, 200), (12, 100, 64), (70, 64, 130)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(2, 37, 200), (12, 100, 64), (70, 64, 130), pytest.param(3, 768, 1023, marks=pytest.mark.slow)]
+)
 def test_norm_prologue_residual_and_statistics(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     case, space = make(rows, n, k, dtype, x_dtype=torch.float32), workspace(rows, n, k, dtype)
     gamma, beta = harness.guarded_like(torch.randn(k), dtype), harness.guarded_like(torch.randn(k), dtype)
     mean = harness.guarded_like(case.x.mean(dim=1))
     rstd = harness.guarded_like((case.x.var(dim=1, correction=0) + EPS).rsqrt())
-    old = harness.guarded_like(torch.randn(rows, n))
+    old = harness.guarded_like(torch.randn(rows, n), gap=17)
     new, next_mean, next_rstd = (harness.guarded(s, torch.float32) for s in ([rows, n], [rows], [rows]))
     norm, residual = Norm(gamma, beta, mean, rstd), Residual(old, next_mean, next_rstd, EPS)
     harness.run_in_every_order(
@@ -232,6 +238,22 @@ def test_cost_is_what_is_touched(kind: str, norm: bool, epilogue: str) -> None:
     assert trace.sectors(case.weights.data) <= 1.1
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(1, 140), st.integers(1, 200), st.sampled_from(harness.DTYPES),
+    st.sampled_from(["float", "int8", "int4"]),
+)  # fmt: skip
+def test_any_shape(rows: int, n: int, k: int, dtype: torch.dtype, kind: str) -> None:
+    case, space = make(rows, n, k, dtype, kind), workspace(rows, n, k, dtype)
+    y = torch.full((rows, n), torch.nan)
+    linear(case.x, case.weights, case.bias, y, space, dtype=dtype)
+    w = unpack(case.weights)
+    rounded = w.to(dtype) if kind == "int4" else w  # int8's scale multiplies the sum
+    oracle = F.linear(case.x.double(), rounded.double(), case.bias.double())
+    torch.testing.assert_close(y.double(), oracle, rtol=0, atol=4e-6 * (1 + oracle.abs().max().item()))
+    assert counters_are_zero(space)
+
+
 def test_refuses() -> None:
     case, space = make(1, 8, 8, torch.float32), workspace(1, 8, 8, torch.float32)
     y = torch.empty(1, 8)
@@ -245,6 +267,7 @@ def test_refuses() -> None:
         pack(torch.ones(2, 2), torch.float16, "int4", group=48)
 
 
+@pytest.mark.slow
 def test_slots_past_2_to_the_31_elements() -> None:
     """A cache of more than 2**31 elements, of which the last block's pages alone are touched."""
     heads, head_dim, block_size, dtype = 16, 64, 16, torch.float16
@@ -259,3 +282,17 @@ def test_slots_past_2_to_the_31_elements() -> None:
         written = cache[-1, :, -1].flatten().double()
         torch.testing.assert_close(written, expected[part * width : (part + 1) * width], rtol=0, atol=5e-3)
         assert cache[-1, :, :-1].isnan().all()
+
+
+def test_rows_past_2_to_the_31(tmp_path: Path) -> None:
+    rows, n, k, dtype = 3, 70, 80, torch.float16
+    case, space = make(rows, n, k, dtype), workspace(rows, n, k, dtype)
+    x, old = harness.far_rows(case.x, tmp_path), harness.far_rows(torch.randn(rows, n), tmp_path)
+    y, new = harness.far_rows(torch.zeros(rows, n).half(), tmp_path), harness.far_rows(torch.zeros(rows, n), tmp_path)
+    mean, rstd = torch.empty(rows), torch.empty(rows)
+    linear(x, case.weights, case.bias, y, space, dtype=dtype)
+    linear(x, case.weights, case.bias, new, space, dtype=dtype, residual=Residual(old, mean, rstd, EPS))
+    oracle = F.linear(x.double(), unpack(case.weights).double(), case.bias.double())
+    torch.testing.assert_close(y.double(), oracle, rtol=0, atol=5e-3)
+    torch.testing.assert_close(new.double(), oracle + old.double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mean.double(), new.double().mean(dim=1), rtol=0, atol=1e-6)

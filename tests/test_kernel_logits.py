@@ -1,5 +1,7 @@
 """Final LayerNorm and head on chosen rows, against float64."""
 
+from pathlib import Path
+
 import kernel_harness as harness
 import pytest
 import torch
@@ -38,6 +40,27 @@ def test_logits(total: int, row_ids: list[int], vocab: int, width: int, kind: st
     oracle = F.linear(normed, w.double())
     theirs = F.linear(F.layer_norm(x.to(dtype), (width,), gamma, beta, EPS)[ids.long()], w.to(dtype))
     harness.assert_as_good_as_torch(y, oracle, theirs, floor=2e-6 * oracle.abs().max().item())
+
+
+def test_a_wide_model() -> None:
+    """Odd sizes of GPT-2's order: 1023 entries, 768 columns, and the other way round."""
+    torch.manual_seed(0)
+    for vocab, width in ((1023, 768), (768, 1023)):
+        x, weights = torch.randn(2, width), pack(torch.randn(vocab, width) / width**0.5, torch.bfloat16)
+        norm = Norm(torch.ones(width).bfloat16(), torch.zeros(width).bfloat16(), *statistics(x))
+        y = torch.full((2, vocab), torch.nan)
+        logits(x, weights, norm, torch.tensor([1, 0], dtype=torch.int32), y, torch.bfloat16)
+        rounded = F.layer_norm(x, (width,), eps=EPS).bfloat16()[[1, 0]].double()
+        torch.testing.assert_close(y.double(), F.linear(rounded, unpack(weights).double()), rtol=0, atol=2e-3)
+
+
+def test_rows_past_2_to_the_31(tmp_path: Path) -> None:
+    x, weights = harness.far_rows(torch.randn(3, 70), tmp_path), pack(torch.randn(80, 70), torch.float32)
+    norm = Norm(torch.ones(70), torch.zeros(70), *statistics(x))
+    y = harness.far_rows(torch.zeros(3, 80), tmp_path)
+    logits(x, weights, norm, torch.tensor([2, 0, 1], dtype=torch.int32), y, torch.float32)
+    expected = F.linear(F.layer_norm(x.double(), (70,), eps=EPS)[[2, 0, 1]], unpack(weights).double())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)

@@ -1,6 +1,7 @@
 """Sampling against NumPy: the random stream word for word, the kept tokens, the draw's distribution, logprobs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import kernel_harness as harness
 import numpy as np
@@ -369,3 +370,10 @@ def test_the_lowest_id_among_equals_over_a_large_vocabulary() -> None:
     drawn = draw(torch.zeros(1, 4200), [Row(temperature=0)])
     assert drawn.tokens.item() == 0
     assert drawn.logprobs.item() == pytest.approx(-np.log(4200), abs=2e-6)
+
+
+def test_rows_past_2_to_the_31(tmp_path: Path) -> None:
+    logits = harness.far_rows(torch.randn(3, 97), tmp_path)
+    rows = [Row(seed=i, top_k=5) for i in range(3)]
+    expected = [expected_token(x, row) for x, row in zip(logits.numpy(), rows, strict=True)]
+    assert draw(logits, rows).tokens.tolist() == expected
