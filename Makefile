@@ -4,6 +4,7 @@
 # make test-fast        the edit-test loop: what takes more than a few seconds is left out
 # make lint             ruff and mypy
 # make sanitize         the native backend's tests under AddressSanitizer, UBSan and ThreadSanitizer (GCC, Linux)
+# make test-versions    the kernels under the oldest and the newest Triton that setup.py admits
 # make mutate           break the kernels on purpose; the tests must notice
 # make manifest         compile every kernel for every target, with no GPU; kernels/manifest.json
 # make gpu-check        is the triton backend right and fast on this machine's GPU? PART=conformance|invariance|bench
@@ -15,7 +16,7 @@ WORKERS ?= 2
 ARGS ?=
 COMMA := ,
 
-.PHONY: bench test test-fast lint sanitize mutate manifest gpu-check clean
+.PHONY: bench test test-fast lint sanitize test-versions mutate manifest gpu-check clean
 
 bench: .venv/.installed
 	$(BIN)/python -m engine.bench $(ARGS)
@@ -31,8 +32,23 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The packages of .venv with another Triton before them: nothing else differs, and no other PyTorch can come.
+TRITONS := 3.6.0 3.9.0
+.venv-triton-%/.installed: | .venv/.installed
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
+	@touch $@
+
+test-versions: $(TRITONS:%=.venv-triton-%/.installed)
+	@set -e; export OMP_NUM_THREADS=1; for version in $(TRITONS); do \
+		export PYTHONPATH="$(CURDIR)/.venv-triton-$$version"; \
+		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton.__file__"; \
+		echo "Triton $$version"; \
+		$(BIN)/python -m pytest -q -n $(WORKERS) -m versions $(ARGS); \
+	done
+
 mutate: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py --workers $(WORKERS) --output kernels/MUTANTS.md $(ARGS)
 
 manifest: .venv/.installed
 	$(BIN)/python -m kernels.compile --output kernels/manifest.json $(ARGS)
@@ -59,4 +75,4 @@ sanitize: .venv/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-triton-* build *.egg-info

@@ -42,15 +42,26 @@ def recipe() -> ModuleType:
     return module
 
 
-def test_greedy_text_is_the_references(llm: LLM) -> None:
+def assert_greedy_is_the_references(llm: LLM, steps: int) -> None:
     checkpoint = load_checkpoint(DEMO_MODEL)
     reference = to_reference(checkpoint.config, checkpoint.weights)
-    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
     (output,) = llm.generate("It is a truth universally acknowledged, that", params, use_tqdm=False)
     ids = torch.tensor([output.prompt_token_ids])
     with torch.no_grad():
-        expected = generate_greedy(reference, ids, 48)[0, ids.shape[1] :].tolist()
+        expected = generate_greedy(reference, ids, steps)[0, ids.shape[1] :].tolist()
     assert list(output.outputs[0].token_ids) == expected
+
+
+def test_greedy_text_is_the_references(llm: LLM) -> None:
+    assert_greedy_is_the_references(llm, 48)
+
+
+@pytest.mark.slow
+def test_the_triton_kernels_give_the_references_text() -> None:
+    """The kernels at the demo model's real size, interpreted."""
+    pytest.importorskip("triton")
+    assert_greedy_is_the_references(LLM(backend="triton-interpret", dtype="float32"), 3)
 
 
 def test_it_reads_as_english(llm: LLM) -> None:

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+pytestmark = pytest.mark.versions
+
 
 @triton.jit
 def _neighbour_kernel(x_ptr, y_ptr, SHIFT: tl.constexpr):

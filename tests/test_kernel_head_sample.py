@@ -58,6 +58,7 @@ def both_paths(x: torch.Tensor, weights: Weights, norm: Norm, rows: list[Row], i
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.versions
 @pytest.mark.parametrize(("vocab", "kind"), [(61, "float"), (200, "int8"), (333, "int4")])
 def test_same_bits_as_logits_and_sampling(vocab: int, kind: str, dtype: torch.dtype) -> None:
     fused, apart = both_paths(*make(7, vocab, 70, dtype, kind), ROWS, [6, 0, 3, 3, 1])

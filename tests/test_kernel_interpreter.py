@@ -12,6 +12,8 @@ import triton.language as tl
 
 from kernels import interpreter
 
+pytestmark = pytest.mark.versions
+
 
 @triton.jit
 def _matmul_kernel(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):

@@ -74,8 +74,8 @@ def output_floor(dtype: torch.dtype, oracle: torch.Tensor) -> float:
     ("rows", "n", "k", "activation"),
     [
         (1, 1, 1, "none"),
-        (3, 37, 37, "gelu_tanh"),
-        (9, 70, 200, "gelu"),
+        pytest.param(3, 37, 37, "gelu_tanh", marks=pytest.mark.versions),
+        pytest.param(9, 70, 200, "gelu", marks=pytest.mark.versions),
         (17, 64, 128, "relu"),
         (33, 130, 64, "silu"),
         (66, 65, 130, "none"),
@@ -102,7 +102,13 @@ def test_activations(rows: int, n: int, k: int, activation: str, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "n", "k"), [(2, 37, 200), (12, 100, 64), (70, 64, 130), pytest.param(3, 768, 1023, marks=pytest.mark.slow)]
+    ("rows", "n", "k"),
+    [
+        pytest.param(2, 37, 200, marks=pytest.mark.versions),
+        (12, 100, 64),
+        (70, 64, 130),
+        pytest.param(3, 768, 1023, marks=pytest.mark.slow),
+    ],
 )
 def test_norm_prologue_residual_and_statistics(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     case, space = make(rows, n, k, dtype, x_dtype=torch.float32), workspace(rows, n, k, dtype)
@@ -130,7 +136,9 @@ def test_norm_prologue_residual_and_statistics(rows: int, n: int, k: int, dtype:
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
-@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [(1, 37, 4), (3, 20, 16), (2, 64, 16)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size"), [(1, 37, 4), pytest.param(3, 20, 16, marks=pytest.mark.versions), (2, 64, 16)]
+)
 def test_qkv_goes_into_the_paged_cache(heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
     rows, width = 9, heads * head_dim
     case, space = make(rows, 3 * width, width, dtype), workspace(rows, 3 * width, width, dtype)
@@ -159,7 +167,9 @@ def test_qkv_goes_into_the_paged_cache(heads: int, head_dim: int, block_size: in
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 37, 37), (5, 70, 200), (66, 64, 130)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 37, 37), pytest.param(5, 70, 200, marks=pytest.mark.versions), (66, 64, 130)]
+)
 def test_weight_only_quantisation(rows: int, n: int, k: int, kind: str) -> None:
     dtype = torch.bfloat16
     case, space = make(rows, n, k, dtype, kind), workspace(rows, n, k, dtype)
@@ -181,7 +191,7 @@ def test_packing_rounds_to_the_nearest_step(kind: str, worst: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
-@pytest.mark.parametrize("k", [100, 512])
+@pytest.mark.parametrize("k", [pytest.param(100, marks=pytest.mark.versions), 512])
 def test_a_row_has_the_same_bits_in_any_batch(k: int, dtype: torch.dtype) -> None:
     """1, 8, 16, 32 and 64 rows split K over programs; 80 rows walk the splits inside one."""
     n, total = 96, 80

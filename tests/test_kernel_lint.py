@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parent.parent / "kernels"
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels"
 FILES = sorted(KERNELS.glob("*.py"))
 OPERATORS = [path for path in FILES if "\ndef cost(" in path.read_text()]
 INTEGER_SUMS = {  # every tl.sum there may be: over integers, where no order changes the result
@@ -24,7 +25,7 @@ def problems(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found += [f"imports {name}" for name in names if name.partition(".")[0] == "engine"]
+            found += [f"imports {name}" for name in names if name.partition(".")[0] == "engine" or "libdevice" in name]
         if isinstance(node, ast.Attribute) and node.attr in ("autotune", "libdevice"):
             found.append(f"uses {node.attr}")
         if not isinstance(node, ast.Call):
@@ -55,6 +56,8 @@ def test_rules(path: Path) -> None:
         ("tl.dot(a, b)", "input_precision"),
         ("tl.sum(x, axis=0)", "tree_sum"),
         ("@triton.autotune(c)\ndef f(): pass", "autotune"),
+        ("tl.extra.cuda.libdevice.tanh(x)", "libdevice"),
+        ("from triton.language.extra import libdevice", "libdevice"),
         ("from engine.config import ModelConfig", "imports engine.config"),
     ],
 )
@@ -63,12 +66,13 @@ def test_the_lint_sees(source: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize("path", OPERATORS, ids=lambda path: path.name)
-def test_an_operator_is_a_tile_a_kernel_a_launcher_and_a_test(path: Path) -> None:
+def test_an_operator_is_a_tile_a_kernel_a_launcher_a_test_and_a_benchmark(path: Path) -> None:
     name, source = path.stem, path.read_text()
     names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     order = [names.index(n) for n in (f"_{name}_tile", f"_{name}_kernel", name, "cost")]
     assert order == sorted(order), "the order is tile, kernel, launcher, cost"
-    assert (Path(__file__).parent / f"test_kernel_{name}.py").exists()
+    assert (ROOT / f"tests/test_kernel_{name}.py").exists()
+    assert f"\ndef test_{name}(bench: Bench" in (ROOT / "benchmarks/test_kernels.py").read_text()
 
 
 def test_the_operators() -> None:

@@ -156,6 +156,7 @@ EVERYTHING = [
 ]
 
 
+@pytest.mark.versions
 def test_every_option_in_one_batch() -> None:
     torch.manual_seed(0)
     logits, top = harness.guarded_like(torch.randn(len(EVERYTHING), 97) * 3), 5
@@ -202,6 +203,7 @@ def _philox_kernel(seed_ptr, out_ptr, position, sample):
         tl.store(out_ptr + quads * 4 + i, words[i].to(tl.int64))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 12345, 2**64 - 1])
 @pytest.mark.parametrize(("position", "sample"), [(0, 0), (1023, 7)])
 def test_the_streams_integers_are_numpys(seed: int, position: int, sample: int) -> None:
@@ -235,6 +237,7 @@ def _words_to_noise_kernel(words_ptr, out_ptr):
     tl.store(out_ptr + at, gumbel(tl.load(words_ptr + at).to(tl.uint32, bitcast=True)))
 
 
+@pytest.mark.versions
 def test_extreme_words_give_finite_noise() -> None:
     words = np.array([0, 1, 2, 4294967, 4294968, 2**31, 2**32 - 2, 2**32 - 1], np.uint32)
     out = torch.empty(8)

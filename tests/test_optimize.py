@@ -39,6 +39,21 @@ def test_logits_and_greedy_tokens(key: str) -> None:
     assert torch.equal(generate_greedy(fast, ids, steps), generate_greedy(model, ids, steps))
 
 
+@pytest.mark.slow
+def test_tokens_of_the_triton_kernels_are_the_references() -> None:
+    """Greedy, interpreted; with other weights, too."""
+    pytest.importorskip("triton")
+    model = tiny_module(n_layers=1)
+    fast = engine.optimize(model, backend="triton-interpret")
+    first = generate_greedy(fast, IDS, 6)
+    assert torch.equal(first, generate_greedy(model, IDS, 6))
+    model.load_state_dict(tiny_module(seed=8, n_layers=1).state_dict())
+    again = generate_greedy(fast, IDS, 3)
+    assert torch.equal(again, generate_greedy(model, IDS, 3))
+    assert not torch.equal(again, first[:, : again.shape[1]])
+    assert same(fast, model)
+
+
 def test_the_pages_own_loop_runs_unchanged() -> None:
     """Sampled, without no_grad, as the course page has it."""
     fast, model = fast_and_plain()
