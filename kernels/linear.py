@@ -378,10 +378,17 @@ def cost(
     x_bytes = rows * k * (4 if norm else dtype.itemsize) + (rows * 8 if norm else 0)
     reads = x_bytes + (rows * n * 4 if epilogue == "residual" else rows * 8 if epilogue == "qkv" else 0)
     writes = rows * n * (4 if epilogue == "residual" else y_size) + (rows * 8 if epilogue == "residual" else 0)
-    rereads = {"weights": weights.nbytes * (row_blocks - 1), "x": x_bytes * (out_blocks - 1)}
+    rereads = {
+        "weights and bias": (weights.nbytes + n * bias_size) * (row_blocks - 1),
+        "x": x_bytes * (out_blocks - 1),
+    }
     if not tiles.fused:
         rereads["partial sums, written and read"] = 2 * rows * out_blocks * tiles.splits * BLOCK_N * 4
     if epilogue == "residual":
         rereads["new residual, for its statistics"] = 2 * rows * n * 4
+    if epilogue == "qkv":
+        rereads["slots"] = rows * 8 * (out_blocks - 1)
+    if norm:
+        rereads["norm weight and bias"] = 2 * k * dtype.itemsize * (out_blocks * row_blocks - 1)
     parameters = n * bias_size + (2 * k * dtype.itemsize if norm else 0)
     return Cost(weights.nbytes + parameters, reads, writes, 2 * rows * n * k, rereads)

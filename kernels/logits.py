@@ -114,14 +114,16 @@ def logits(
 def cost(num_rows: int, weights: Weights, element_size: int) -> Cost:
     """Bytes of one launch on ``num_rows`` different rows."""
     n, k = weights.shape
-    x_bytes = num_rows * (k * 4 + 12)
+    x_bytes, norm_bytes = num_rows * (k * 4 + 12), 2 * k * element_size
+    out_blocks, row_blocks = cdiv(n, VOCAB_TILE), cdiv(num_rows, logits_tiles(num_rows, k, element_size).block_t)
     return Cost(
-        weights=weights.nbytes + 2 * k * element_size,
+        weights=weights.nbytes + norm_bytes,
         reads=x_bytes,
         writes=num_rows * n * 4,
         flops=2 * num_rows * n * k,
         rereads={
-            "weights": weights.nbytes * (cdiv(num_rows, logits_tiles(num_rows, k, element_size).block_t) - 1),
-            "x": x_bytes * (cdiv(n, VOCAB_TILE) - 1),
+            "weights": weights.nbytes * (row_blocks - 1),
+            "x": x_bytes * (out_blocks - 1),
+            "norm weight and bias": norm_bytes * (out_blocks * row_blocks - 1),
         },
     )

@@ -86,6 +86,10 @@ class Trace:
         parts = [a for tensor in tensors or (None,) for a in self._addresses(write, tensor)]
         return len(np.unique(np.concatenate(parts))) if parts else 0
 
+    def traffic(self) -> int:
+        """Bytes that programs read and wrote, as often as they did; within one load or store each byte counts once."""
+        return sum(len(addresses) * size for _, _, addresses, size in self.touches)
+
     def sectors(self, tensor: torch.Tensor) -> float:
         """Bytes of the 32-byte sectors that the reads of ``tensor`` touch, over the bytes read, both unique."""
         parts = self._addresses(False, tensor)

@@ -1,7 +1,9 @@
 """The correction of Triton's interpreter: exact with it, wrong without it."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import kernel_harness as harness
 import numpy as np
@@ -91,3 +93,12 @@ def test_compiled_triton_is_refused() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "set TRITON_INTERPRET=1 before anything imports triton" in out
+
+
+def test_the_ends_of_the_admitted_versions_are_tested() -> None:
+    """``make test-versions`` takes the oldest that setup.py admits, and one of the newest minor version."""
+    root = Path(__file__).parent.parent
+    oldest, below = re.search(r"triton>=([\d.]+),<3\.(\d+)", (root / "setup.py").read_text()).groups()
+    tested = re.search(r"^TRITONS := (.*)$", (root / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert tested[0] == oldest
+    assert tested[-1].startswith(f"3.{int(below) - 1}.")
