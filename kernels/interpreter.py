@@ -8,6 +8,8 @@ to bfloat16 truncates, and every ``tl.dot`` is one ``numpy.matmul``, whose bits 
   accumulator and rounds it to float32, as ``mma.m16n8k16`` does in effect. Bits no longer depend on the tile's shape.
 - casts from bfloat16 shift the bits up; casts to it, from integers too, round to nearest even.
 
+Triton 3.6 turns an array of one element into a loop's bound in a way that NumPy 2.4 refuses; that is mended too.
+
 It also stops a nested jit function from patching ``triton.language`` again at each call, which is most of the time
 that small programs take.
 """
@@ -19,7 +21,7 @@ from typing import Any
 
 GROUP = 16  # depth of the tensor-core instruction that ``create_dot`` imitates
 
-_originals: dict[tuple[type, str], Any] = {}
+_originals: dict[tuple[Any, str], Any] = {}
 
 
 def interpreting() -> bool:
@@ -47,6 +49,7 @@ def install() -> None:
             "triton was imported in compiled mode in this process, and one process has one mode; "
             "set TRITON_INTERPRET=1 before anything imports triton"
         )
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     _replace(InterpreterBuilder, "create_dot", lambda _: _create_dot)
@@ -55,6 +58,7 @@ def install() -> None:
     _replace(InterpreterBuilder, "create_fp_trunc", _corrected_cast)
     _replace(InterpreterBuilder, "create_fp_to_fp", _corrected_cast)
     _replace(InterpretedFunction, "__call__", _patching_once)
+    _replace(interpreter, "_patch_lang_tensor", _with_index)
 
 
 def uninstall() -> None:
@@ -64,7 +68,7 @@ def uninstall() -> None:
     _originals.clear()
 
 
-def _replace(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     original = getattr(owner, name)
     _originals[owner, name] = original
     setattr(owner, name, make(original))
@@ -118,6 +122,14 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
         product = left[..., :, k : k + GROUP] @ right[..., k : k + GROUP, :]
         total = (total.astype(np.float64) + product).astype(np.float32)
     return TensorHandle(total, d.dtype.scalar)
+
+
+def _with_index(original: Any) -> Any:
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch
 
 
 def _patching_once(original: Any) -> Any:

@@ -85,6 +85,21 @@ def test_casts_round_to_nearest_even_for_every_bf16_and_its_neighbours() -> None
         assert np.array_equal(ours, torchs, equal_nan=True)
 
 
+@triton.jit
+def _loop_kernel(bounds_ptr, out_ptr):
+    total = 0
+    for i in range(tl.load(bounds_ptr), tl.load(bounds_ptr + 1), 2):
+        total += i
+    tl.store(out_ptr, total)
+
+
+def test_a_loop_may_have_loaded_bounds() -> None:
+    """Triton 3.6 raises here with NumPy 2.4. The day 3.6 is no longer admitted, ``_with_index`` can go."""
+    out = torch.empty(1, dtype=torch.int32)
+    _loop_kernel[(1,)](torch.tensor([3, 8], dtype=torch.int32), out)
+    assert out.item() == 3 + 5 + 7
+
+
 def test_compiled_triton_is_refused() -> None:
     code = (
         "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
