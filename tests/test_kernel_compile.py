@@ -52,7 +52,8 @@ def test_gpt2_compiles_and_keeps_the_rules(target: str) -> None:
     assert {row["launch"] for row in rows} >= {"embedding", "qkv", "attention", "logits", "sampling", "head_sample"}
     broken = broken_rules(target, rows)
     if (made["triton"], target) == ("3.9.0", "sm_90"):  # the one that the newest Triton spills: many queries at a time
-        assert len(broken) == 1 and "gpt2 attention" in broken[0] and "'FUSED': True" in broken[0], broken
+        assert len(broken) == 1, broken
+        assert broken[0].startswith("gpt2 attention")
         assert broken[0].endswith("spills 24 bytes")
     else:
         assert broken == []
