@@ -101,7 +101,7 @@ def attention_tiles(head_dim: int, element_size: int, most_queries: int) -> Atte
     if element_size == 4:
         return AttentionTiles(16, many, 8, 1)
     if many:
-        return AttentionTiles(32, True, 4 if head_dim <= 64 else 8, 2)
+        return AttentionTiles(32, True, 8, 2)
     return AttentionTiles(16, False, 1 if head_dim <= 64 else 2 if head_dim <= 128 else 4, 2)
 
 
