@@ -48,7 +48,7 @@ test-versions: $(TRITONS:%=.venv-triton-%/.installed)
 	done
 
 mutate: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py --workers $(WORKERS) --output kernels/MUTANTS.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py --workers $(WORKERS) $(if $(findstring --only,$(ARGS)),,--output kernels/MUTANTS.md) $(ARGS)
 
 manifest: .venv/.installed
 	$(BIN)/python -m kernels.compile --output kernels/manifest.json $(ARGS)

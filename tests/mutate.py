@@ -102,7 +102,7 @@ def table(mutants: Sequence[Mutant], verdicts: Sequence[str]) -> str:
     return "\n".join([*lines, "", f"{killed} of {len(mutants)} killed."])
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     sys.path.insert(0, str(ROOT))
     from kernels.compile import sources_hash
@@ -111,8 +111,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose file or change contains this text")
     parser.add_argument("--workers", type=int, default=1, help="how many are judged at a time")
     parser.add_argument("--output", type=Path, help="where the table goes too")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     chosen = [m for m in MUTANTS if args.only in f"{m.path} {m.what} {m.old}"]
+    if not chosen:
+        parser.error(f"--only {args.only!r}: no mutant's file or change contains this text")
+    if args.only and args.output is not None:
+        parser.error("--output takes the table of all mutants; leave out --only")
     verdicts = judge_all(chosen, args.workers)
     text = table(chosen, verdicts)
     print(text)

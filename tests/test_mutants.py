@@ -25,6 +25,16 @@ def test_every_operator_has_mutants() -> None:
     assert all(files.count(path.stem) >= 3 for path in OPERATORS)
 
 
+@pytest.mark.parametrize("options", [["--only", "no such text"], ["--only", "embedding", "--output", "table.md"]])
+def test_options_that_would_judge_nothing_or_lose_the_table_are_refused(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mutate, "judge_all", lambda *_: pytest.fail("mutants were judged"))
+    with pytest.raises(SystemExit):
+        mutate.main(options)
+    assert "--only" in capsys.readouterr().err
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A kernel whose tests notice a wrong sum, one of them slowly, and no wrong product."""
