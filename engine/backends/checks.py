@@ -33,8 +33,8 @@ def check_batch(batch: Batch, model: ModelConfig, num_blocks: int, block_size: i
     _check_range("token id", batch.token_ids, 0, model.vocab_size)
     _check_range("position", batch.positions, 0, model.context_length)
     _check_range("slot", batch.slots, -1, num_blocks * block_size)
-    for table, length in zip(batch.block_tables, batch.context_lens, strict=True):
-        _check_range("block", table[: -(-int(length) // block_size)], 0, num_blocks)
+    used = np.arange(batch.block_tables.shape[1]) < -(-batch.context_lens // block_size)[:, None]
+    _check_range("block", batch.block_tables[used], 0, num_blocks)
     for what, rows in (("drawn row", batch.draw_rows), ("logits row", batch.logits_rows)):
         _check_range(what, rows, 0, len(batch.token_ids))
     if batch.previous_rows is not None:
