@@ -86,7 +86,7 @@ class Bench:
         """Time ``make``'s launch, on as many sets of operands as the L2 cache cannot hold."""
         works = [make()]
         cost, machine = works[0].cost, self.machine
-        copies = -(-ROTATION * machine.cache // cost.total_bytes)
+        copies = tiles.cdiv(ROTATION * machine.cache, cost.total_bytes)
         works += [make() for _ in range(min(copies, MOST_COPIES) - 1)]
         for work in works:
             for output in work.outputs:
