@@ -94,7 +94,7 @@ def _attention_tile(
     tables_ptr,  # [S, *] int32
     tiles_ptr,  # [tiles, 4] int32: sequence, first row, first position, number of queries
     out_ptr,  # [T, HEADS * HEAD_DIM]
-    partial_ptr,  # [tiles * HEADS, split_programs, BLOCK_Q, BLOCK_D + 2] float32
+    partial_ptr,  # [T * HEADS, split_programs, BLOCK_D + 2] float32
     counter_ptr,  # [tiles * HEADS] int32, zero before and after
     split_programs,
     scale,
@@ -150,15 +150,15 @@ def _attention_tile(
                 SPLIT, DTYPE, BLOCK_Q, BLOCK_KV, BLOCK_D,
             )  # fmt: skip
             WIDTH: tl.constexpr = BLOCK_D + 2
-            tile_partial_ptr = partial_ptr + pid.to(tl.int64) * (split_programs * BLOCK_Q * WIDTH) + lanes * WIDTH
-            place = tile_partial_ptr + split * (BLOCK_Q * WIDTH)
+            row_partial_ptr = partial_ptr + (rows * HEADS + head) * split_programs * WIDTH
+            place = row_partial_ptr + split * WIDTH
             tl.store(place[:, None] + dims[None, :], split_acc, mask=mask)
             tl.store(place + BLOCK_D, split_m, mask=row_mask)
             tl.store(place + BLOCK_D + 1, split_l, mask=row_mask)
             last = arrive(counter_ptr + pid, num_splits)
             if last:
                 for s in range(num_splits):
-                    place = tile_partial_ptr + s * (BLOCK_Q * WIDTH)
+                    place = row_partial_ptr + s * WIDTH
                     split_acc = tl.load(place[:, None] + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg")
                     split_m = tl.load(place + BLOCK_D, mask=row_mask, other=0.0, cache_modifier=".cg")
                     split_l = tl.load(place + BLOCK_D + 1, mask=row_mask, other=0.0, cache_modifier=".cg")
@@ -247,12 +247,14 @@ def attention(
     )  # fmt: skip
 
 
-def scratch_sizes(num_tiles: int, paging: Paging, choice: AttentionTiles, longest: int) -> tuple[int, int]:
-    """Elements of partials and counters that a launch needs."""
+def scratch_sizes(
+    num_rows: int, num_tiles: int, paging: Paging, choice: AttentionTiles, longest: int
+) -> tuple[int, int]:
+    """Elements of partials and counters that a launch on ``num_rows`` rows in ``num_tiles`` query tiles needs."""
     if choice.fused:
         return 1, 1
     width = max(16, next_power_of_2(paging.head_dim)) + 2
-    return num_tiles * paging.heads * cdiv(longest, paging.split) * choice.block_q * width, num_tiles * paging.heads
+    return num_rows * paging.heads * cdiv(longest, paging.split) * width, num_tiles * paging.heads
 
 
 def cost(tiles: Sequence[Sequence[int]], paging: Paging, element_size: int, choice: AttentionTiles) -> Cost:

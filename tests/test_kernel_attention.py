@@ -78,7 +78,7 @@ class Launch:
         self.tables = harness.guarded_like(self.case.tables[[s for s, _, _ in self.spans]], gap=2)
         self.q = harness.guarded_like(torch.cat([self.case.queries[s][a:b] for s, a, b in self.spans]), gap=8)
         self.out = harness.guarded(self.q.shape, dtype, gap=9)
-        partials, counters = scratch_sizes(len(self.tile_list), paging, self.choice, self.longest)
+        partials, counters = scratch_sizes(len(self.q), len(self.tile_list), paging, self.choice, self.longest)
         self.partials, self.counters = torch.full((partials,), torch.nan), torch.zeros(counters, dtype=torch.int32)
 
     def visible(self) -> list[torch.Tensor]:

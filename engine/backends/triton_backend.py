@@ -6,8 +6,9 @@ logits are in float32 whatever the storage type.
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +26,17 @@ MAX_WIDTH, MAX_HEAD_DIM = 8192, 256
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A submitted step: tensors on their way to the host, and the event after which they are there."""
+    """A submitted step, on its way to the host."""
 
     tensors: "StepTensors"
-    on_host: dict[str, torch.Tensor]
-    event: Any
 
 
 class TritonBackend(Backend):
-    """See ``Backend``. On NVIDIA and AMD GPUs; a step is queued by ``submit`` and waited for by ``collect``."""
+    """See ``Backend``. On NVIDIA and AMD GPUs; a step is queued by ``submit`` and waited for by ``collect``.
+
+    Args:
+        graphs: whether decode steps are captured and replayed (``triton_graphs``).
+    """
 
     name: ClassVar[str] = "triton"
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
@@ -50,6 +53,7 @@ class TritonBackend(Backend):
         block_size: int,
         threads: int | None = None,
         memory_fraction: float = 0.9,
+        graphs: bool = True,
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
         check_choice("device", device.partition(":")[0], self.devices, self.name)
@@ -67,7 +71,7 @@ class TritonBackend(Backend):
         self._block_size = block_size
         self._memory_fraction = memory_fraction
         packed = triton_step.pack_model(model, weights, self._dtype, self._device)
-        self._step = triton_step.TritonStep(model, packed, self._dtype, block_size)
+        self._step = triton_step.TritonStep(model, packed, self._dtype, block_size, graphs)
 
     def _prepare(self) -> None:
         """Settle this process's Triton mode, or say why it cannot be."""
@@ -88,7 +92,7 @@ class TritonBackend(Backend):
     def update_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         from engine.backends import triton_step
 
-        self._step.packed = triton_step.pack_model(self._model, weights, self._dtype, self._device)
+        self._step.set_weights(triton_step.pack_model(self._model, weights, self._dtype, self._device))
 
     def capacity(self) -> Capacity:
         from engine.backends import triton_step
@@ -104,28 +108,25 @@ class TritonBackend(Backend):
     def submit(self, batch: Batch) -> Handle:
         num_blocks = self._step.cache.shape[2] if self._step.cache.dim() == 6 else 0
         check_batch(batch, self._model, num_blocks, self._block_size, self._step.num_drawn)
-        with torch.inference_mode():
-            if self._device.type != "cuda":
-                tensors = self._step.run(batch)
-                return Handle(tensors, _drawn_tensors(tensors), None)
-            with torch.cuda.device(self._device):
-                tensors = self._step.run(batch)
-                on_host = {n: _to_pinned(t) for n, t in _drawn_tensors(tensors).items()}
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-        return Handle(tensors, on_host, event)
+        on_gpu = self._device.type == "cuda"
+        with torch.inference_mode(), torch.cuda.device(self._device) if on_gpu else nullcontext():
+            tensors = self._step.run(batch)
+            if tensors.packed is not None:
+                tensors.slot.download(tensors.packed)
+            tensors.slot.record()
+        return Handle(tensors)
 
     def collect(self, handle: Handle) -> StepOutput:
-        if handle.event is not None:
-            handle.event.synchronize()
-        wanted = handle.tensors.logits
-        if handle.tensors.drawn is None:
+        tensors = handle.tensors
+        tensors.slot.wait()
+        host = {} if tensors.drawn is None else tensors.slot.downloaded(tensors.drawn, tensors.num_drawn)
+        self._step.slots.give(tensors.slot)
+        if not host:
             integers, floats = np.empty((0,), np.int32), np.empty((0,), np.float32)
-            return StepOutput(integers, floats, integers, integers[:, None], floats[:, None], wanted)
-        host = {name: tensor.numpy() for name, tensor in handle.on_host.items()}
+            return StepOutput(integers, floats, integers, integers[:, None], floats[:, None], tensors.logits)
         _check_status(host["status"])
         return StepOutput(
-            host["tokens"], host["logprobs"], host["ranks"], host["top_ids"], host["top_logprobs"], wanted
+            host["tokens"], host["logprobs"], host["ranks"], host["top_ids"], host["top_logprobs"], tensors.logits
         )
 
 
@@ -148,16 +149,6 @@ def _require_triton(name: str) -> None:
 
     if "triton" not in sys.modules and find_spec("triton") is None:
         raise ValueError(f"the {name} backend needs the package triton (Linux only); use backend 'torch' instead")
-
-
-def _drawn_tensors(tensors: "StepTensors") -> dict[str, torch.Tensor]:
-    drawn = tensors.drawn
-    return {} if drawn is None else {name: getattr(drawn, name) for name in drawn.__slots__}
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
 
 
 def _check_status(status: npt.NDArray[np.int32]) -> None:

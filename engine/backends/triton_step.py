@@ -2,7 +2,7 @@
 
 Importing this module imports Triton, which fixes for the whole process whether kernels are compiled or interpreted:
 ``triton_backend.py`` settles that first. A step is one upload, an embedding, five launches a layer, the head, and the
-sampling; nothing in it waits for the device.
+sampling; or, where a graph was captured of those, the upload and the graph. Nothing in it waits for the device.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,12 @@ import numpy.typing as npt
 import torch
 
 from engine.backends.base import Batch, SamplingBatch, Sparse
+from engine.backends.triton_buffers import Buffers, DrawnLayout, Layout, Slot, Slots, aligned
+from engine.backends.triton_graphs import Captured, Graphs, capture, pad, padded_length, padded_rows
 from engine.config import ModelConfig
 from kernels import attention, embedding, head_sample, linear, logits, sampling, tiles, weights
+
+DRAWN_WORDS = 1 << 16  # int32 words at one address for what a step draws; a step that needs more gets its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,53 +97,37 @@ def packed_bytes(model: PackedModel) -> int:
     return sum(found.values())
 
 
-def upload(arrays: Mapping[str, npt.NDArray[np.generic]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copy arrays to the device in one transfer; unsigned integers arrive as the signed ones with the same bits."""
-    types = {"i4": torch.int32, "u4": torch.int32, "i8": torch.int64, "u8": torch.int64, "f4": torch.float32}
-    flat, places, size = [], {}, 0
-    for name, array in arrays.items():
-        places[name] = (size, array.nbytes, array.shape, types[array.dtype.str[1:]])
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        padding = -len(data) % 16
-        flat += [data, np.zeros(padding, np.uint8)]
-        size += len(data) + padding
-    host = torch.from_numpy(np.concatenate(flat))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    on_device = host.to(device, non_blocking=True)
-    return {
-        name: on_device[start : start + nbytes].view(dtype).view(shape)
-        for name, (start, nbytes, shape, dtype) in places.items()
-    }
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What becomes of a step's rows: how many are drawn from and asked for, and how.
+
+    ``fused`` is ``head_sample``, without logits in memory; ``top`` is how many most probable tokens are reported.
+    """
+
+    draws: int
+    asked: int
+    fused: bool
+    top: int
 
 
-def _aligned(count: int) -> int:
-    """Elements of a row so that the next one starts where the compiler likes it: its specialisations depend on that."""
-    return tiles.cdiv(count, 16) * 16
+@dataclass(frozen=True, slots=True)
+class Program:
+    """All that the launches of a step depend on besides what its buffers hold: a graph is captured of one."""
 
-
-class Buffers:
-    """Scratch tensors by name, made once and made anew when a step needs a larger one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._flat: dict[str, torch.Tensor] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of this shape and type. New ones are zero; what an old one holds is left."""
-        count = int(np.prod(shape, dtype=np.int64))
-        flat = self._flat.get(name)
-        if flat is None or len(flat) < count:
-            size = tiles.next_power_of_2(max(count, 16))
-            flat = self._flat[name] = torch.zeros(size, dtype=dtype, device=self._device)
-        return flat[:count].view(shape)
+    layout: Layout
+    choice: tiles.AttentionTiles
+    longest: int
+    head: Head
 
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """What a step leaves on the device: drawn rows (None without any), and logits asked for."""
+    """What a step leaves on the device: drawn rows (the first of a padded, packed buffer), and logits asked for."""
 
-    drawn: "sampling.Drawn | None"
+    slot: Slot
+    num_drawn: int
+    drawn: DrawnLayout | None
+    packed: torch.Tensor | None
     logits: torch.Tensor | None
 
 
@@ -151,28 +139,70 @@ class TritonStep:
         packed: its weights.
         dtype: the storage type of weights, cache and activations.
         block_size: tokens in a block of the cache.
+        graphs: whether decode steps are captured and replayed.
     """
 
-    def __init__(self, model: ModelConfig, packed: PackedModel, dtype: torch.dtype, block_size: int) -> None:
+    def __init__(
+        self, model: ModelConfig, packed: PackedModel, dtype: torch.dtype, block_size: int, graphs: bool = True
+    ) -> None:
         self.packed = packed
+        self.slots = Slots(packed.pos_emb.device)
+        self.graphs = Graphs() if graphs else None
+        self.num_drawn = 0  # by the step before: what ``previous_rows`` may point to
         self._model = model
         self._dtype = dtype
         self._device = packed.pos_emb.device
         self._buffers = Buffers(self._device)
         split = tiles.split_kv(model.n_heads, model.context_length)
         self._paging = attention.Paging(model.n_heads, model.head_dim, block_size, split)
-        self._drawn_ids = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._drawn = self._drawn_before = torch.zeros(DRAWN_WORDS, dtype=torch.int32, device=self._device)
         self.cache = torch.empty(0)
 
     def allocate(self, num_blocks: int) -> None:
         """A cache [n_layers, 2, num_blocks, n_heads, block_size, head_dim]; the old one goes first."""
         model, paging = self._model, self._paging
+        self._forget_graphs()
         self.cache = torch.empty(0)
         shape = (model.n_layers, 2, num_blocks, model.n_heads, paging.block_size, model.head_dim)
         self.cache = torch.empty(shape, dtype=self._dtype, device=self._device)
 
+    def set_weights(self, packed: PackedModel) -> None:
+        """Take other weights of the same shapes."""
+        self._forget_graphs()
+        self.packed = packed
+
+    def _forget_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.clear()
+
     def run(self, batch: Batch) -> StepTensors:
         """Queue one step."""
+        arrays, program = self._program(batch)
+        decode = self._is_decode(batch)
+        if decode:
+            arrays, program = self._padded(arrays, program)
+        captured = self.graphs.get(program) if decode and self.graphs is not None else None
+        size = program.layout.size
+        inputs = self._buffers.get("inputs", (size,), torch.uint8) if captured is None else captured.inputs
+        slot = self.slots.take()
+        slot.upload(program.layout, arrays, inputs)
+        if captured is None:
+            logits, packed = self._launch_first(program, inputs, decode)
+        else:
+            captured.graph.replay()
+            logits, packed = captured.logits, self._drawn
+        head = program.head
+        asked = None if logits is None or not head.asked else logits[head.draws :]
+        if asked is not None and decode:
+            asked = asked[: len(batch.logits_rows)].clone()  # the caller keeps them, the next step writes there again
+        if not head.draws:
+            return StepTensors(slot, 0, None, None, asked)
+        self._drawn_before, self.num_drawn = packed, len(batch.draw_rows)
+        drawn = DrawnLayout(head.draws, head.top)
+        return StepTensors(slot, self.num_drawn, drawn, packed[: drawn.size], asked)
+
+    def _program(self, batch: Batch) -> tuple[dict[str, npt.NDArray[np.generic]], Program]:
+        """A step's arrays, and what its launches are."""
         most_queries = int(np.diff(batch.query_starts).max())
         choice = tiles.attention_tiles(self._model.head_dim, self._dtype.itemsize, most_queries)
         arrays: dict[str, npt.NDArray[np.generic]] = {
@@ -188,30 +218,93 @@ class TritonStep:
             arrays["block_copies"] = batch.block_copies.astype(np.int64)
         if batch.sampling is not None:
             arrays |= _sampling_arrays(batch.sampling)
-        inputs = upload(arrays, self._device)
-        if batch.block_copies is not None:
+        head = _head(batch, self._model.vocab_size)
+        return arrays, Program(Layout.of(arrays), choice, int(batch.context_lens.max()), head)
+
+    def _is_decode(self, batch: Batch) -> bool:
+        """Whether a graph serves this step: a token a sequence, all drawn from or all asked for, no lists of ids."""
+        rows, options = len(batch.token_ids), batch.sampling
+        wanted = np.concatenate([batch.draw_rows, batch.logits_rows])
+        lists = options is not None and (options.output_counts is not None or options.logit_bias is not None)
+        return (
+            self.graphs is not None
+            and padded_rows(rows) is not None
+            and len(batch.query_starts) == rows + 1
+            and (len(batch.draw_rows) == 0 or len(batch.logits_rows) == 0)
+            and np.array_equal(wanted, np.arange(rows))
+            and batch.block_copies is None
+            and not lists
+            and (batch.previous_rows is None or self._drawn_before is self._drawn)
+        )
+
+    def _padded(
+        self, arrays: Mapping[str, npt.NDArray[np.generic]], program: Program
+    ) -> tuple[dict[str, npt.NDArray[np.generic]], Program]:
+        """The same step with padding, so that one graph serves many."""
+        rows = padded_rows(len(arrays["token_ids"]))
+        assert rows is not None
+        longest = padded_length(program.longest, self._paging.split, self._model.context_length)
+        padded = pad(arrays, rows, tiles.cdiv(longest, self._paging.block_size))
+        old = program.head
+        head = Head(rows if old.draws else 0, rows if old.asked else 0, old.fused, old.top)
+        return padded, Program(Layout.of(padded), program.choice, longest, head)
+
+    def _launch_first(
+        self, program: Program, packed: torch.Tensor, decode: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Queue the launches one by one, and capture a decode step's: (logits if any, packed drawn rows)."""
+        inputs, head = program.layout.views(packed), program.head
+        if "block_copies" in inputs:
             source, destination = inputs["block_copies"].unbind(1)
             self.cache[:, :, destination] = self.cache[:, :, source]
-        final = self._layers(inputs, choice, int(batch.context_lens.max()))
-        return self._outputs(final, inputs, batch)
+        logits = self._room_for_logits(head, decode)
+        size = DrawnLayout(head.draws, head.top).size
+        drawn = self._drawn
+        if size > len(drawn):
+            drawn = torch.empty(size, dtype=torch.int32, device=self._device)
+        before = self._drawn_before
 
-    def _layers(
-        self, inputs: Mapping[str, torch.Tensor], choice: "tiles.AttentionTiles", longest: int
-    ) -> "linear.Norm":
-        """Embedding and blocks. The residual stream is then in buffer "x0"; returns the final norm with statistics."""
+        def launch() -> None:
+            self._outputs(self._layers(inputs, program, before), inputs, head, logits, drawn)
+
+        if decode and self.graphs is not None:
+            before = self._drawn  # where a graph finds them; the step before left none that count elsewhere
+            launch()
+            graph = capture(self._device, launch)
+            self.graphs.put(program, Captured(graph, packed, logits, (*self._buffers.tensors(), self._drawn)))
+        else:
+            launch()
+        return logits, drawn
+
+    def _room_for_logits(self, head: Head, decode: bool) -> torch.Tensor | None:
+        """Where logits go [draws + asked, vocab_size]: to memory of their own where the caller keeps them."""
+        if head.fused or head.draws + head.asked == 0:
+            return None
+        vocab_size = self._model.vocab_size
+        shape = (head.draws + head.asked, aligned(vocab_size))
+        if head.asked and not decode:
+            return torch.empty(shape, dtype=torch.float32, device=self._device)[:, :vocab_size]
+        return self._buffers.get("logits", shape, torch.float32)[:, :vocab_size]
+
+    def _layers(self, inputs: Mapping[str, torch.Tensor], program: Program, before: torch.Tensor) -> "linear.Norm":
+        """Embedding and blocks. The residual stream is then in buffer "x0"; returns the final norm with statistics.
+
+        ``before`` has the tokens that the step before drew. Nothing but kernels runs, on buffers and ``inputs``.
+        """
         model, dtype, get = self._model, self._dtype, self._buffers.get
+        choice, longest = program.choice, program.longest
         rows, width = len(inputs["token_ids"]), model.embed_dim
         x0, x1 = get("x0", (rows, width), torch.float32), get("x1", (rows, width), torch.float32)
-        stats0, stats1 = (get(name, (2, _aligned(rows)), torch.float32)[:, :rows] for name in ("stats0", "stats1"))
+        stats0, stats1 = (get(name, (2, aligned(rows)), torch.float32)[:, :rows] for name in ("stats0", "stats1"))
         q, attended = get("q", (rows, width), dtype), get("attended", (rows, width), dtype)
         hidden = get("hidden", (rows, model.hidden_dim), dtype)
         workspace = self._workspace(rows)
-        partials, counters = attention.scratch_sizes(len(inputs["query_tiles"]), self._paging, choice, longest)
+        partials, counters = attention.scratch_sizes(rows, len(inputs["query_tiles"]), self._paging, choice, longest)
         attention_partials = get("attention_partials", (partials,), torch.float32)
         attention_counters = get("attention_counters", (counters,), torch.int32)
         tok, eps = self.packed.tok_emb, model.norm_eps
         embedding.embedding(
-            inputs["token_ids"], inputs["previous_rows"], self._drawn_ids, inputs["positions"], tok.data,
+            inputs["token_ids"], inputs["previous_rows"], before, inputs["positions"], tok.data,
             self.packed.pos_emb, x0, stats0[0], stats0[1], eps,
         )  # fmt: skip
         for layer, block in enumerate(self.packed.blocks):
@@ -242,61 +335,51 @@ class TritonStep:
             get("row_counters", (row_counters,), torch.int32),
         )
 
-    def _outputs(self, final: "linear.Norm", inputs: Mapping[str, torch.Tensor], batch: Batch) -> StepTensors:
-        """Head and sampling: logits of the drawn rows first, then of the rows asked for."""
-        draws, asked, vocab_size = len(batch.draw_rows), len(batch.logits_rows), self._model.vocab_size
-        if draws + asked == 0:
-            return StepTensors(None, None)
+    def _outputs(
+        self,
+        final: "linear.Norm",
+        inputs: Mapping[str, torch.Tensor],
+        head: Head,
+        y: torch.Tensor | None,
+        packed: torch.Tensor,
+    ) -> None:
+        """Head and sampling: logits ``y`` of the drawn rows first, then of the rows asked for; drawn rows, packed."""
+        if head.draws + head.asked == 0:
+            return
         rows, width = len(inputs["token_ids"]), self._model.embed_dim
         x = self._buffers.get("x0", (rows, width), torch.float32)
-        if batch.sampling is not None and not asked and _only_greedy(batch.sampling):
-            drawn = self._new_drawn(draws, 0)
+        layout = DrawnLayout(head.draws, head.top)
+        drawn = sampling.Drawn(**layout.split(packed[: layout.size]))
+        if head.fused:
             head_sample.head_sample(
-                x, self.packed.head, final, inputs["row_ids"], _options(inputs, batch.sampling), drawn,
-                self._head_scratch(draws), self._dtype,
+                x, self.packed.head, final, inputs["row_ids"], _options(inputs), drawn, self._head_scratch(head.draws),
+                self._dtype,
             )  # fmt: skip
-            return StepTensors(drawn, None)
-        shape = (draws + asked, _aligned(vocab_size))
-        if asked:  # the caller keeps them
-            y = torch.empty(shape, dtype=torch.float32, device=self._device)[:, :vocab_size]
-        else:
-            y = self._buffers.get("logits", shape, torch.float32)[:, :vocab_size]
+            return
+        assert y is not None
         logits.logits(x, self.packed.head, final, inputs["row_ids"], y, self._dtype)
-        if batch.sampling is None:
-            return StepTensors(None, y)
-        return StepTensors(self._draw(y[:draws], inputs, batch.sampling), y[draws:] if asked else None)
-
-    def _draw(self, y: torch.Tensor, inputs: Mapping[str, torch.Tensor], batch: SamplingBatch) -> "sampling.Drawn":
-        draws, vocab_size = y.shape
-        drawn = self._new_drawn(draws, min(batch.num_logprobs, vocab_size))
-        edited = batch.output_counts is not None or batch.logit_bias is not None
-        scratch = self._buffers.get("scratch", (draws, vocab_size), torch.float32) if edited else y
-        sampling.sampling(y, _options(inputs, batch), drawn, scratch)
-        return drawn
-
-    def _new_drawn(self, draws: int, top: int) -> "sampling.Drawn":
-        """Where this step's drawn tokens go; the next step may take them from there."""
-
-        def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=self._device)
-
-        tokens, ranks, status = empty(torch.int32, 3, _aligned(draws))[:, :draws]
-        logprobs, top_logprobs = empty(torch.float32, draws), empty(torch.float32, draws, top)
-        self._drawn_ids = tokens
-        return sampling.Drawn(tokens, logprobs, ranks, status, empty(torch.int32, draws, top), top_logprobs)
+        if head.draws:
+            options = _options(inputs)
+            edited = options.output_counts is not None or options.logit_bias is not None
+            shape = (head.draws, self._model.vocab_size)
+            scratch = self._buffers.get("scratch", shape, torch.float32) if edited else y
+            sampling.sampling(y[: head.draws], options, drawn, scratch)
 
     def _head_scratch(self, draws: int) -> "head_sample.HeadScratch":
         count, get = draws * tiles.cdiv(self._model.vocab_size, tiles.VOCAB_TILE), self._buffers.get
         return head_sample.HeadScratch(
-            get("head_floats", (4 * _aligned(count),), torch.float32),
+            get("head_floats", (4 * aligned(count),), torch.float32),
             get("head_ids", (count,), torch.int32),
             get("head_counters", (draws,), torch.int32),
         )
 
-    @property
-    def num_drawn(self) -> int:
-        """How many tokens the step before drew: what ``previous_rows`` may point to."""
-        return len(self._drawn_ids)
+
+def _head(batch: Batch, vocab_size: int) -> Head:
+    """How a batch's rows are drawn from."""
+    draws, asked, options = len(batch.draw_rows), len(batch.logits_rows), batch.sampling
+    if options is None:
+        return Head(0, asked, False, 0)
+    return Head(draws, asked, not asked and _only_greedy(options), min(options.num_logprobs, vocab_size))
 
 
 def _only_greedy(batch: SamplingBatch) -> bool:
@@ -317,13 +400,13 @@ def _sampling_arrays(batch: SamplingBatch) -> dict[str, npt.NDArray[np.generic]]
     return arrays
 
 
-def _options(inputs: Mapping[str, torch.Tensor], batch: SamplingBatch) -> "sampling.Options":
-    def sparse(name: str, given: Sparse | None) -> "sampling.SparseRows | None":
-        return None if given is None else sampling.SparseRows(*(inputs[f"{name}.{p}"] for p in Sparse.__slots__))
+def _options(inputs: Mapping[str, torch.Tensor]) -> "sampling.Options":
+    def sparse(name: str) -> "sampling.SparseRows | None":
+        parts = [inputs[f"{name}.{p}"] for p in Sparse.__slots__ if f"{name}.{p}" in inputs]
+        return sampling.SparseRows(*parts) if parts else None
 
     return sampling.Options(
         inputs["temperature"], inputs["top_k"], inputs["top_p"], inputs["min_p"], inputs["seeds"],
         inputs["draw_positions"], inputs["sample_index"], inputs["presence_penalty"], inputs["frequency_penalty"],
-        inputs["repetition_penalty"], sparse("counts", batch.output_counts), sparse("bias", batch.logit_bias),
-        inputs.get("allowed"),
+        inputs["repetition_penalty"], sparse("counts"), sparse("bias"), inputs.get("allowed"),
     )  # fmt: skip
