@@ -186,6 +186,7 @@ class StepPlan:
 class Drawn:
     """A drawn token: its id, its logprob and rank (1 = most probable) in the model's own distribution.
 
+    The rank may be 0, not counted, where no request of the step asks for logprobs.
     ``top`` holds the most probable (id, logprob) pairs that the request asked for, best first.
     """
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels import attention, embedding, head_sample, layer_norm, linear, logits, sampling, tiles
+from kernels import attention, embedding, head_ranks, head_sample, layer_norm, linear, logits, sampling, tiles
 from kernels.cost import Cost
 from kernels.weights import INT4_GROUP, ROW_ALIGN, Weights
 
@@ -144,20 +144,31 @@ def _sampling(shape: ModelShape, rows: int, edits: bool = False, masked: bool = 
     )
 
 
-def _head_sample(shape: ModelShape, rows: int, dtype: torch.dtype, kind: str) -> Launch:
+def _head_sample(
+    shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, edits: bool = False, top: int = 0
+) -> list[Launch]:
+    """The fused head and draw, and the ranks that may follow it."""
     d = shape.width
     w, stats, i = meta_weights(shape.vocab_size, d, dtype, kind), empty(rows), _integers(rows)
     norm = linear.Norm(empty(d, dtype=dtype), empty(d, dtype=dtype), stats, stats)
-    drawn = sampling.Drawn(i, stats, i, i, _integers(rows, 0), empty(rows, 0))
-    count = rows * tiles.cdiv(shape.vocab_size, tiles.VOCAB_TILE)
-    scratch = head_sample.HeadScratch(empty(4 * tiles.cdiv(count, 16) * 16), _integers(count), _integers(16))
-    chosen, x = options(rows, shape.vocab_size), empty(rows, d)
-    return Launch(
-        "head_sample",
-        1,
-        lambda: head_sample.head_sample(x, w, norm, i, chosen, drawn, scratch, dtype),
-        head_sample.cost(rows, w, dtype.itemsize),
-    )
+    drawn = sampling.Drawn(i, stats, i, i, _integers(rows, top), empty(rows, top))
+    floats, ids, counters = head_sample.HeadScratch.needed(rows, shape.vocab_size, top)
+    scratch = head_sample.HeadScratch(empty(floats), _integers(ids), _integers(counters))
+    chosen, x = options(rows, shape.vocab_size, edits), empty(rows, d)
+    return [
+        Launch(
+            "head_sample",
+            1,
+            lambda: head_sample.head_sample(x, w, norm, i, chosen, drawn, scratch, dtype),
+            head_sample.cost(rows, w, dtype.itemsize),
+        ),
+        Launch(
+            "head_ranks",
+            1,
+            lambda: head_ranks.head_ranks(x, w, norm, i, drawn, scratch, dtype),
+            head_ranks.cost(rows, w, dtype.itemsize, top, 0),
+        ),
+    ]
 
 
 def step_launches(
@@ -204,7 +215,8 @@ def all_launches(shape: ModelShape, dtype: torch.dtype, kind: str = "float") -> 
     found: list[Launch] = []
     for batch in (1, 32, 64, 256):
         found += step_launches(shape, [(100, 1)] * batch, dtype, kind)
-        found.append(_head_sample(shape, batch, dtype, kind))
+        found += _head_sample(shape, batch, dtype, kind)
+        found += _head_sample(shape, batch, dtype, kind, edits=True, top=1)[:1]
     found += step_launches(shape, [(0, 512)], dtype, kind)
     found += [_sampling(shape, 1, edits, masked) for edits in (False, True) for masked in (False, True)]
     x, w = empty(8, shape.width, dtype=dtype), empty(shape.width, dtype=dtype)

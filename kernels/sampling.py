@@ -63,10 +63,20 @@ def tile_mass(x, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def add_masses(total, top, mass, maximum, GROUPS: tl.constexpr):
-    """``total`` plus the masses [GROUPS] of consecutive tiles, taken from their own maxima to ``maximum``."""
-    scaled = tl.reshape(mass * tl.exp(top - maximum), [1, GROUPS])
-    return total + tl.max(tree_sum(scaled, 1, GROUPS))
+def add_masses(total, top, mass, maximum, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """``total`` [ROWS] plus the masses [ROWS, GROUPS] of consecutive tiles, taken from their own maxima to ``maximum``.
+
+    ``maximum`` is a scalar or [ROWS, 1]. A row's bits depend on GROUPS, not on ROWS.
+    """
+    return total + tree_sum(mass * tl.exp(top - maximum), ROWS, GROUPS)
+
+
+@triton.jit
+def penalised(x, values, presence, frequency, repetition):
+    """Logits after the penalties; ``values`` is how often an id was generated, 0 for one of the prompt alone."""
+    x = tl.where(x > 0.0, x / repetition, x * repetition)
+    x -= frequency * values
+    return x - tl.where(values > 0.0, presence, 0.0)
 
 
 @triton.jit
@@ -82,9 +92,7 @@ def _edit(scratch_ptr, starts_ptr, ids_ptr, values_ptr, row, presence, frequency
         if IS_BIAS:
             x += values
         else:
-            x = tl.where(x > 0.0, x / repetition, x * repetition)
-            x -= frequency * values
-            x -= tl.where(values > 0.0, presence, 0.0)
+            x = penalised(x, values, presence, frequency, repetition)
         tl.store(scratch_ptr + ids, x, mask=mask)
     tl.debug_barrier()
 
@@ -186,12 +194,14 @@ def _sampling_tile(
         raw_max = tl.maximum(raw_max, tl.max(raw))
         if HAS_COUNTS or HAS_BIAS:
             tl.store(scratch_ptr + ids, raw, mask=ids < V)
-    raw_mass = 0.0
+    masses = tl.zeros([1], tl.float32)
     for first_id in range(0, V, GROUPS * TILE):
         ids = first_id + span
         raw = tl.load(raw_ptr + ids, mask=ids < V, other=float("-inf"))
         top, mass = tile_mass(raw, GROUPS, TILE)
-        raw_mass = add_masses(raw_mass, top, mass, raw_max, GROUPS)
+        groups = (tl.reshape(top, [1, GROUPS]), tl.reshape(mass, [1, GROUPS]))
+        masses = add_masses(masses, groups[0], groups[1], raw_max, 1, GROUPS)
+    raw_mass = tl.max(masses)
 
     source_ptr = raw_ptr
     if HAS_COUNTS or HAS_BIAS:
@@ -308,7 +318,7 @@ class SparseRows:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """One entry a row, [R]; neutral values switch an option off. Ids in a sparse row are different ones."""
+    """One entry a row, [R]; neutral values switch an option off. Ids in a sparse row are different ones, and ascend."""
 
     temperature: torch.Tensor  # float32, 0 = greedy
     top_k: torch.Tensor  # int32, 0 = all

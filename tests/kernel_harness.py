@@ -137,7 +137,7 @@ def recording() -> Iterator[Trace]:
 
     def note(write: bool, pointers, mask) -> None:
         addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
-        hit = addresses[np.broadcast_to(mask.data, addresses.shape)].astype(np.int64)
+        hit = addresses[np.broadcast_to(mask.data.astype(bool), addresses.shape)].astype(np.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         if len(hit):
             trace.touches.append((trace.program, write, np.unique(hit), size))

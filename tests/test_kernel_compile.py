@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -35,8 +36,8 @@ def broken_rules(target: str, rows: list[dict[str, Any]]) -> list[str]:
             found.append(f"{name} spills {row['spills']} bytes")
         if row["shared"] > SHARED_LIMIT[target] * 1024:
             found.append(f"{name} takes {row['shared']} bytes of shared memory")
-        if row["launch"] in ("qkv", "proj", "fc", "fc2", "attention", "logits", "head_sample"):
-            families[row["model"], row["launch"].replace("head_sample", "logits")].add(row["family"])
+        if row["launch"] in ("qkv", "proj", "fc", "fc2", "attention", "logits", "head_sample", "head_ranks"):
+            families[row["model"], re.sub("head_.*", "logits", row["launch"])].add(row["family"])
             if row["wide_share"] < 0.75:
                 found.append(f"{name} loads {row['wide_share']:.0%} of its bytes 128 bits at a time")
     found += [f"{key} uses {sorted(used)}" for key, used in families.items() if len(used) > 1 or "none" in used]
@@ -78,7 +79,8 @@ STEP = """
 import sys, json
 import numpy as np, torch
 from engine.backends.base import Batch, SamplingBatch
-from engine.backends.triton_step import TritonStep, pack_model
+from engine.backends.triton_step import TritonStep
+from engine.backends.triton_weights import pack_model
 from engine.checkpoints.canonical import canonical_shapes
 from engine.config import ModelConfig
 from kernels.launches import MODELS, all_launches

@@ -1,12 +1,13 @@
-"""The fused head and draw: the very tokens and logprobs of logits followed by sampling."""
+"""The fused head and draw, with the ranks that follow it: all that logits followed by sampling give, bit for bit."""
 
 from dataclasses import replace
 
 import kernel_harness as harness
 import pytest
 import torch
-from test_kernel_sampling import Row, options, outputs
+from test_kernel_sampling import Row, expected_token, options, outputs
 
+from kernels.head_ranks import head_ranks
 from kernels.head_sample import HeadScratch, cost, head_sample
 from kernels.linear import Norm
 from kernels.logits import logits
@@ -14,6 +15,7 @@ from kernels.sampling import Drawn, sampling
 from kernels.weights import Weights, pack
 
 EPS = 1e-5
+NAMES = ("tokens", "logprobs", "ranks", "status", "top_ids", "top_logprobs")
 
 
 def make(
@@ -27,12 +29,11 @@ def make(
     return x, pack(torch.randn(vocab, width) / width**0.5, dtype, kind), norm
 
 
-def scratch(rows: int, vocab: int) -> HeadScratch:
-    count = rows * -(-vocab // 64)
-    padded = -(-count // 16) * 16
+def scratch(rows: int, vocab: int, top: int = 0) -> HeadScratch:
+    floats, ids, counters = HeadScratch.needed(rows, vocab, top)
     return HeadScratch(
-        torch.full((4 * padded,), torch.nan), torch.full((count,), -1, dtype=torch.int32),
-        torch.zeros(rows, dtype=torch.int32),
+        harness.guarded([floats], torch.float32), harness.guarded([ids], torch.int32),
+        harness.guarded([counters], torch.int32, fill=0),
     )  # fmt: skip
 
 
@@ -43,53 +44,127 @@ ROWS = [
     Row(temperature=0, allowed=(3, 60)),
     Row(seed=9, allowed=tuple(range(20, 40))),
 ]
+EDITS = [
+    Row(temperature=0, bias=((0, -9.0), (31, 3.0), (60, 8.0))),
+    Row(seed=5, presence=0.7, frequency=0.3, repetition=1.4, counts=tuple((i, i % 3) for i in range(0, 61, 2))),
+    Row(temperature=0.6, seed=3, repetition=0.7, counts=((3, 0), (17, 4)), bias=((3, -2.0), (4, 5.0))),
+    Row(temperature=0, frequency=2.0, counts=((7, 9),), allowed=tuple(range(5, 50))),
+    Row(temperature=1.5, seed=11, position=7),
+]
 
 
-def both_paths(x: torch.Tensor, weights: Weights, norm: Norm, rows: list[Row], ids: list[int]) -> tuple[Drawn, Drawn]:
+def both_paths(
+    x: torch.Tensor, weights: Weights, norm: Norm, rows: list[Row], ids: list[int], top: int = 0
+) -> tuple[Drawn, Drawn]:
     vocab, dtype = weights.shape[0], norm.weight.dtype
     row_ids = torch.tensor(ids, dtype=torch.int32)
-    fused, apart = outputs(len(ids), 0), outputs(len(ids), 0)
+    fused, apart = outputs(len(ids), top), outputs(len(ids), top)
+    chosen, space = options(rows, vocab), scratch(len(ids), vocab, top)
+    head_sample(x, weights, norm, row_ids, chosen, fused, space, dtype, ranks_follow=True)
+    head_ranks(x, weights, norm, row_ids, fused, space, dtype)
     y = torch.empty(len(ids), vocab)
-    chosen = options(rows, vocab)
-    head_sample(x, weights, norm, row_ids, chosen, fused, scratch(len(ids), vocab), dtype)
     logits(x, weights, norm, row_ids, y, dtype)
-    sampling(y, chosen, apart, y)
+    sampling(y, chosen, apart, torch.empty_like(y))
     return fused, apart
+
+
+def assert_same(fused: Drawn, apart: Drawn) -> None:
+    for name in NAMES:
+        assert harness.same_bits(getattr(fused, name), getattr(apart, name)), name
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 @pytest.mark.versions
 @pytest.mark.parametrize(("vocab", "kind"), [(61, "float"), (200, "int8"), (333, "int4")])
 def test_same_bits_as_logits_and_sampling(vocab: int, kind: str, dtype: torch.dtype) -> None:
-    fused, apart = both_paths(*make(7, vocab, 70, dtype, kind), ROWS, [6, 0, 3, 3, 1])
-    for name in ("tokens", "logprobs", "status"):
-        assert harness.same_bits(getattr(fused, name), getattr(apart, name))
-    assert fused.ranks[0] == apart.ranks[0] == 1
+    assert_same(*both_paths(*make(7, vocab, 70, dtype, kind), ROWS, [6, 0, 3, 3, 1]))
+
+
+@pytest.mark.parametrize(("vocab", "dtype", "top"), [(61, torch.float32, 0), (200, torch.bfloat16, 3)])
+def test_same_bits_with_edits_and_top_n(vocab: int, dtype: torch.dtype, top: int) -> None:
+    """Entries at both ends of a tile too, a tile full of them, and a list without the other."""
+    ends = tuple((i, 1.5) for i in (63, 64, 127, vocab - 1) if 60 < i < vocab)
+    full = replace(EDITS[1], counts=tuple((i, i % 5) for i in range(vocab)))
+    rows = [replace(row, bias=(*row.bias, *ends)) for row in (EDITS[0], full, *EDITS[2:])]
+    assert_same(*both_paths(*make(7, vocab, 70, dtype), rows, [6, 0, 3, 3, 1], top))
+    for name in ("counts", "bias"):
+        rows = [replace(row, **{name: ()}, allowed=None) for row in EDITS]
+        assert_same(*both_paths(*make(7, vocab, 70, dtype), rows, [1, 2, 3, 4, 5], top))
+
+
+def exact(logits: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Weights, Norm]:
+    """Arguments whose logits are ``logits`` [R, V], to the bit: an identity for x, and a norm that does nothing."""
+    rows = len(logits)
+    norm = Norm(torch.ones(rows, dtype=dtype), torch.zeros(rows, dtype=dtype), torch.zeros(rows), torch.ones(rows))
+    return torch.eye(rows), pack(logits.T.contiguous(), dtype), norm
+
+
+def drawn_from(logits: torch.Tensor, rows: list[Row], top: int = 0) -> Drawn:
+    x, weights, norm = exact(logits)
+    drawn, space, ids = outputs(len(rows), top), scratch(len(rows), logits.shape[1], top), torch.arange(len(rows)).int()
+    head_sample(x, weights, norm, ids, options(rows, logits.shape[1]), drawn, space, torch.float32, ranks_follow=True)
+    head_ranks(x, weights, norm, ids, drawn, space, torch.float32)
+    return drawn
+
+
+def assert_is_the_oracle_s(drawn: Drawn, logits: torch.Tensor, rows: list[Row]) -> None:
+    """Tokens by NumPy; logprobs, ranks and top-N of the raw logits in float64, ties by the lowest id."""
+    logprobs = logits.double().log_softmax(dim=1)
+    best = logits.sort(dim=1, descending=True, stable=True).indices[:, : drawn.top_ids.shape[1]]
+    assert drawn.tokens.tolist() == [expected_token(logits[i].numpy(), row) for i, row in enumerate(rows)]
+    chosen = drawn.tokens.long()[:, None]
+    torch.testing.assert_close(drawn.logprobs.double(), logprobs.gather(1, chosen)[:, 0], rtol=0, atol=3e-6)
+    assert drawn.ranks.tolist() == (1 + (logits > logits.gather(1, chosen)).sum(dim=1)).tolist()
+    assert torch.equal(drawn.top_ids.long(), best)
+    torch.testing.assert_close(drawn.top_logprobs.double(), logprobs.gather(1, best), rtol=0, atol=3e-6)
+    assert not drawn.status.any()
+
+
+@pytest.mark.parametrize(("vocab", "top"), [(61, 61), (150, 5)])
+def test_every_option_against_numpy(vocab: int, top: int) -> None:
+    """On coarse logits too, where many are equal."""
+    for step in (1, 64):
+        logits = (torch.randn(10, vocab, generator=torch.Generator().manual_seed(step)) * 3 * step).round() / step
+        rows = [*ROWS, *EDITS]
+        assert_is_the_oracle_s(drawn_from(logits, rows, top), logits, rows)
+
+
+@pytest.mark.slow
+def test_gpt2_vocabulary() -> None:
+    logits = torch.randn(3, 50257) * 3
+    rows = [
+        Row(seed=11, temperature=1.3),
+        Row(temperature=0, bias=((50256, 40.0), (50255, 39.0))),
+        Row(seed=4, repetition=1.2, counts=((7, 1), (29999, 2), (50254, 1)), allowed=tuple(range(1, 50257, 3))),
+    ]
+    assert_is_the_oracle_s(drawn_from(logits, rows, 2), logits, rows)
 
 
 def test_many_rows_and_row_blocks() -> None:
-    rows = [Row(temperature=i % 3 / 2, seed=i) for i in range(70)]
-    fused, apart = both_paths(*make(70, 130, 64, torch.float32), rows, list(range(70)))
-    assert harness.same_bits(fused.tokens, apart.tokens)
-    assert harness.same_bits(fused.logprobs, apart.logprobs)
+    rows = [Row(temperature=i % 3 / 2, seed=i, bias=((i, 3.0),)) for i in range(70)]
+    assert_same(*both_paths(*make(70, 130, 64, torch.float32), rows, list(range(70)), 2))
 
 
 def test_a_large_vocabulary_of_equals() -> None:
-    """More than one step of the walk over the tiles' results: the lowest id, and all of the mass."""
+    """More than one step of the walk over the tiles' results: the lowest ids, and all of the mass."""
     x, _, norm = make(1, 1, 16, torch.float32)
-    fused, apart = both_paths(x, pack(torch.zeros(4200, 16), torch.float32), norm, [Row(temperature=0)], [0])
-    assert fused.tokens.item() == apart.tokens.item() == 0
-    assert harness.same_bits(fused.logprobs, apart.logprobs)
+    fused, apart = both_paths(x, pack(torch.zeros(4200, 16), torch.float32), norm, [Row(temperature=0)], [0], 3)
+    assert_same(fused, apart)
+    assert fused.tokens.item() == 0
+    assert fused.top_ids.tolist() == [[0, 1, 2]]
 
 
-def test_in_every_order() -> None:
+@pytest.mark.parametrize("rows", [ROWS[:2], EDITS[1:3]], ids=["plain", "edited"])
+def test_in_every_order(rows: list[Row]) -> None:
     x, weights, norm = make(4, 150, 64, torch.bfloat16)
-    ids, drawn, space = harness.guarded_like(torch.tensor([3, 1], dtype=torch.int32)), outputs(2, 0), scratch(2, 150)
-    rows = options(ROWS[:2], 150)
-    inputs = [v for v in (getattr(rows, n) for n in rows.__slots__) if isinstance(v, torch.Tensor)]
+    top = len(rows[0].counts) and 2
+    ids, drawn = harness.guarded_like(torch.tensor([3, 1], dtype=torch.int32)), outputs(2, top)
+    space, chosen = scratch(2, 150, top), options(rows, 150)
+    inputs = [v for v in (getattr(chosen, n) for n in chosen.__slots__) if isinstance(v, torch.Tensor)]
+    inputs += [t for s in (chosen.output_counts, chosen.logit_bias) if s for t in (s.starts, s.ids, s.values)]
     written = [drawn.tokens, drawn.logprobs, drawn.ranks, drawn.status]
     harness.run_in_every_order(
-        lambda: head_sample(x, weights, norm, ids, rows, drawn, space, torch.bfloat16), written,
+        lambda: head_sample(x, weights, norm, ids, chosen, drawn, space, torch.bfloat16), written,
         [x, weights.data, norm.weight, norm.bias, norm.mean, norm.rstd, ids, *inputs],
         [space.floats, space.ids, space.counters],
     )  # fmt: skip
@@ -103,6 +178,22 @@ def test_status_of_rows_without_a_token() -> None:
     assert fused.status.tolist() == [0, 1, 2]
 
 
+def test_infinite_logits_are_refused() -> None:
+    x, weights, norm = exact(torch.zeros(2, 70))
+    weights.data[69, 1] = torch.inf
+    fused, apart = both_paths(x[1:], weights, norm, [Row()], [0])
+    assert fused.status.tolist() == apart.status.tolist() == [1]
+
+
+def test_a_rank_that_is_not_counted_is_0() -> None:
+    x, weights, norm = exact(torch.tensor([[1.0, 3.0, 2.0]] * 3))
+    drawn, ids = outputs(3, 0), torch.arange(3).int()
+    chosen = options([Row(temperature=0), Row(temperature=0, allowed=(2,)), Row(temperature=0, allowed=(1, 2))], 3)
+    head_sample(x, weights, norm, ids, chosen, drawn, scratch(3, 3), torch.float32)
+    assert drawn.tokens.tolist() == [1, 2, 1]
+    assert drawn.ranks.tolist() == [1, 0, 1]
+
+
 def test_cost_is_what_is_touched() -> None:
     x, weights, norm = make(20, 150, 256, torch.bfloat16)
     drawn, space, rows = outputs(3, 0), scratch(3, 150), options([Row()] * 3, 150)
@@ -114,12 +205,3 @@ def test_cost_is_what_is_touched() -> None:
     assert trace.bytes(False) - handed_over == pytest.approx(expected.weights + expected.reads, rel=0.02)
     assert trace.bytes(True, drawn.tokens, drawn.logprobs, drawn.ranks, drawn.status) == expected.writes
     assert trace.sectors(weights.data) <= 1.1
-
-
-def test_refuses_what_it_does_not_do() -> None:
-    x, weights, norm = make(1, 10, 16, torch.float32)
-    ids, space = torch.zeros(1, dtype=torch.int32), scratch(1, 10)
-    biased = options([Row(bias=((1, 1.0),))], 10)
-    for chosen, drawn in ((biased, outputs(1, 0)), (replace(biased, logit_bias=None), outputs(1, 2))):
-        with pytest.raises(ValueError, match="use logits and sampling"):
-            head_sample(x, weights, norm, ids, chosen, drawn, space, torch.float32)

@@ -12,6 +12,7 @@ OPERATORS = [path for path in FILES if "\ndef cost(" in path.read_text()]
 INTEGER_SUMS = {  # every tl.sum there may be: over integers, where no order changes the result
     "tl.sum(((raw != raw) | (raw == float('inf'))).to(tl.int32))",
     "tl.sum((raw > chosen).to(tl.int32))",
+    "tl.sum(above.to(tl.int32), axis=0)",
     "tl.sum(tl.where(bits >= t + one, weight, 0))",
     "tl.sum(tl.where(bits >= t + one * 2, weight, 0))",
     "tl.sum(tl.where(bits >= t + one * 3, weight, 0))",
@@ -77,7 +78,7 @@ def test_an_operator_is_a_tile_a_kernel_a_launcher_a_test_and_a_benchmark(path: 
 
 def test_the_operators() -> None:
     assert {path.stem for path in OPERATORS} == {
-        "attention", "embedding", "head_sample", "layer_norm", "linear", "logits", "sampling",
+        "attention", "embedding", "head_ranks", "head_sample", "layer_norm", "linear", "logits", "sampling",
     }  # fmt: skip
 
 

@@ -179,9 +179,12 @@ def test_decode_is_five_launches_a_layer_and_three_outside(monkeypatch: pytest.M
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
     layer = ["_linear_kernel", "_attention_kernel", "_linear_kernel", "_linear_kernel", "_linear_kernel"]
+    sampled, apart = {"temperature": np.ones(2, np.float32)}, ["_logits_kernel", "_sampling_kernel"]
     for options, end in (
         (greedy(2), ["_head_sample_kernel"]),
-        (greedy(2, temperature=np.ones(2, np.float32)), ["_logits_kernel", "_sampling_kernel"]),
+        (greedy(2, **sampled, ranks=False), ["_head_sample_kernel"]),
+        (greedy(2, **sampled), ["_head_sample_kernel", "_head_ranks_kernel"]),
+        (greedy(2, **sampled, top_k=np.array([0, 5], np.int32)), apart),
     ):
         launched.clear()
         driver.run([(s, [1]) for s, _ in parts], options)

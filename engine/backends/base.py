@@ -73,6 +73,7 @@ class SamplingBatch:
     output_counts: Sparse | None = None
     logit_bias: Sparse | None = None
     allowed: U32 | None = None  # [R, ceil(vocab_size / 32)]
+    ranks: bool = True  # whether ranks are read: if not, one above 1 may be given as 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,14 +63,14 @@ class TritonBackend(Backend):
                 f"got {model.embed_dim} and {model.head_dim}"
             )
         self._prepare()
-        from engine.backends import triton_step
+        from engine.backends import triton_step, triton_weights
 
         self._model = model
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._block_size = block_size
         self._memory_fraction = memory_fraction
-        packed = triton_step.pack_model(model, weights, self._dtype, self._device)
+        packed = triton_weights.pack_model(model, weights, self._dtype, self._device)
         self._step = triton_step.TritonStep(model, packed, self._dtype, block_size, graphs)
 
     def _prepare(self) -> None:
@@ -90,17 +90,17 @@ class TritonBackend(Backend):
             )
 
     def update_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        from engine.backends import triton_step
+        from engine.backends import triton_weights
 
-        self._step.set_weights(triton_step.pack_model(self._model, weights, self._dtype, self._device))
+        self._step.set_weights(triton_weights.pack_model(self._model, weights, self._dtype, self._device))
 
     def capacity(self) -> Capacity:
-        from engine.backends import triton_step
+        from engine.backends import triton_weights
 
         item = self._dtype.itemsize
         per_block = 2 * self._model.n_layers * self._block_size * self._model.embed_dim * item
         free = free_memory(self._device, self._memory_fraction)
-        return Capacity(triton_step.packed_bytes(self._step.packed), per_block, free)
+        return Capacity(triton_weights.packed_bytes(self._step.packed), per_block, free)
 
     def allocate(self, num_blocks: int) -> None:
         self._step.allocate(num_blocks)

@@ -68,7 +68,7 @@ class CudaGraph:
 
     def __init__(self, launch: Callable[[], None]) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # PyTorch's own is of the device of the first capture
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch's own is of the first capture's device
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"), _only_views():
             launch()
 

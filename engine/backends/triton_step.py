@@ -6,108 +6,21 @@ sampling; or, where a graph was captured of those, the upload and the graph. Not
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.backends.base import Batch, SamplingBatch, Sparse
+from engine.backends.base import Batch
 from engine.backends.triton_buffers import Buffers, DrawnLayout, Layout, Slot, Slots, aligned
 from engine.backends.triton_graphs import Captured, Graphs, capture, pad, padded_length, padded_rows
+from engine.backends.triton_head import Head, device_options, sampling_arrays
+from engine.backends.triton_weights import PackedModel
 from engine.config import ModelConfig
-from kernels import attention, embedding, head_sample, linear, logits, sampling, tiles, weights
+from kernels import attention, embedding, head_ranks, head_sample, linear, logits, sampling, tiles
 
 DRAWN_WORDS = 1 << 16  # int32 words at one address for what a step draws; a step that needs more gets its own
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A transformer block's packed weights; norms are (weight, bias), linears (weights, bias)."""
-
-    norm1: tuple[torch.Tensor, torch.Tensor]
-    qkv: tuple[weights.Weights, torch.Tensor]
-    proj: tuple[weights.Weights, torch.Tensor]
-    norm2: tuple[torch.Tensor, torch.Tensor]
-    fc: tuple[weights.Weights, torch.Tensor]
-    fc2: tuple[weights.Weights, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class PackedModel:
-    """All weights on the device, in the storage type."""
-
-    tok_emb: weights.Weights
-    pos_emb: torch.Tensor
-    blocks: tuple[Block, ...]
-    final_norm: tuple[torch.Tensor, torch.Tensor]
-    head: weights.Weights
-
-
-def pack_model(
-    model: ModelConfig, canonical: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> PackedModel:
-    """Copy canonical weights to the device in the kernels' layout; a tied head is the embedding's very tensor."""
-
-    def vector(name: str) -> torch.Tensor:
-        return canonical[name].detach().to(device, dtype, copy=True).contiguous()
-
-    def matrix(name: str) -> weights.Weights:
-        return weights.pack(canonical[name].detach().to(device), dtype)
-
-    def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return vector(f"{name}.weight"), vector(f"{name}.bias")
-
-    def affine(name: str) -> tuple[weights.Weights, torch.Tensor]:
-        return matrix(f"{name}.weight"), vector(f"{name}.bias")
-
-    tok_emb = matrix("tok_emb")
-    blocks = tuple(
-        Block(
-            norm(f"blocks.{i}.norm1"),
-            affine(f"blocks.{i}.qkv"),
-            affine(f"blocks.{i}.proj"),
-            norm(f"blocks.{i}.norm2"),
-            affine(f"blocks.{i}.fc"),
-            affine(f"blocks.{i}.fc2"),
-        )
-        for i in range(model.n_layers)
-    )
-    head = tok_emb if model.tied_head else matrix("head")
-    return PackedModel(tok_emb, vector("pos_emb"), blocks, norm("final_norm"), head)
-
-
-def packed_bytes(model: PackedModel) -> int:
-    """Bytes of all packed tensors, each counted once."""
-    found = {}
-
-    def visit(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            found[value.data_ptr()] = value.nbytes
-        elif isinstance(value, weights.Weights):
-            visit(value.data)
-        elif isinstance(value, tuple):
-            for part in value:
-                visit(part)
-        elif isinstance(value, PackedModel | Block):
-            for name in value.__slots__:
-                visit(getattr(value, name))
-
-    visit(model)
-    return sum(found.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What becomes of a step's rows: how many are drawn from and asked for, and how.
-
-    ``fused`` is ``head_sample``, without logits in memory; ``top`` is how many most probable tokens are reported.
-    """
-
-    draws: int
-    asked: int
-    fused: bool
-    top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +130,8 @@ class TritonStep:
         if batch.block_copies is not None:
             arrays["block_copies"] = batch.block_copies.astype(np.int64)
         if batch.sampling is not None:
-            arrays |= _sampling_arrays(batch.sampling)
-        head = _head(batch, self._model.vocab_size)
+            arrays |= sampling_arrays(batch.sampling)
+        head = Head.of(batch, self._model.vocab_size)
         return arrays, Program(Layout.of(arrays), choice, int(batch.context_lens.max()), head)
 
     def _is_decode(self, batch: Batch) -> bool:
@@ -246,7 +159,7 @@ class TritonStep:
         longest = padded_length(program.longest, self._paging.split, self._model.context_length)
         padded = pad(arrays, rows, tiles.cdiv(longest, self._paging.block_size))
         old = program.head
-        head = Head(rows if old.draws else 0, rows if old.asked else 0, old.fused, old.top)
+        head = replace(old, draws=rows if old.draws else 0, asked=rows if old.asked else 0)
         return padded, Program(Layout.of(padded), program.choice, longest, head)
 
     def _launch_first(
@@ -351,62 +264,34 @@ class TritonStep:
         layout = DrawnLayout(head.draws, head.top)
         drawn = sampling.Drawn(**layout.split(packed[: layout.size]))
         if head.fused:
-            head_sample.head_sample(
-                x, self.packed.head, final, inputs["row_ids"], _options(inputs), drawn, self._head_scratch(head.draws),
-                self._dtype,
-            )  # fmt: skip
+            self._draw_fused(x, final, inputs, head, drawn)
             return
         assert y is not None
         logits.logits(x, self.packed.head, final, inputs["row_ids"], y, self._dtype)
         if head.draws:
-            options = _options(inputs)
+            options = device_options(inputs)
             edited = options.output_counts is not None or options.logit_bias is not None
             shape = (head.draws, self._model.vocab_size)
             scratch = self._buffers.get("scratch", shape, torch.float32) if edited else y
             sampling.sampling(y[: head.draws], options, drawn, scratch)
 
-    def _head_scratch(self, draws: int) -> "head_sample.HeadScratch":
-        count, get = draws * tiles.cdiv(self._model.vocab_size, tiles.VOCAB_TILE), self._buffers.get
-        return head_sample.HeadScratch(
-            get("head_floats", (4 * aligned(count),), torch.float32),
-            get("head_ids", (count,), torch.int32),
-            get("head_counters", (draws,), torch.int32),
+    def _draw_fused(
+        self,
+        x: torch.Tensor,
+        final: "linear.Norm",
+        inputs: Mapping[str, torch.Tensor],
+        head: Head,
+        drawn: "sampling.Drawn",
+    ) -> None:
+        """Draw without logits in memory; a second launch counts ranks and collects the top N where they are read."""
+        get = self._buffers.get
+        floats, ids, counters = head_sample.HeadScratch.needed(head.draws, self._model.vocab_size, head.top)
+        scratch = head_sample.HeadScratch(
+            get("head_floats", (floats,), torch.float32),
+            get("head_ids", (ids,), torch.int32),
+            get("head_counters", (counters,), torch.int32),
         )
-
-
-def _head(batch: Batch, vocab_size: int) -> Head:
-    """How a batch's rows are drawn from."""
-    draws, asked, options = len(batch.draw_rows), len(batch.logits_rows), batch.sampling
-    if options is None:
-        return Head(0, asked, False, 0)
-    return Head(draws, asked, not asked and _only_greedy(options), min(options.num_logprobs, vocab_size))
-
-
-def _only_greedy(batch: SamplingBatch) -> bool:
-    """Whether every row takes its largest logit as it is, so that its rank is 1 and no logits are needed."""
-    edits = (batch.output_counts, batch.logit_bias, batch.allowed)
-    return not batch.temperature.any() and not batch.num_logprobs and all(edit is None for edit in edits)
-
-
-def _sampling_arrays(batch: SamplingBatch) -> dict[str, npt.NDArray[np.generic]]:
-    names = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-    arrays: dict[str, npt.NDArray[np.generic]] = {name: getattr(batch, name) for name in names}
-    arrays |= {"seeds": batch.seeds, "draw_positions": batch.positions, "sample_index": batch.sample_index}
-    for name, sparse in (("counts", batch.output_counts), ("bias", batch.logit_bias)):
-        if sparse is not None:
-            arrays |= {f"{name}.{part}": getattr(sparse, part) for part in Sparse.__slots__}
-    if batch.allowed is not None:
-        arrays["allowed"] = batch.allowed
-    return arrays
-
-
-def _options(inputs: Mapping[str, torch.Tensor]) -> "sampling.Options":
-    def sparse(name: str) -> "sampling.SparseRows | None":
-        parts = [inputs[f"{name}.{p}"] for p in Sparse.__slots__ if f"{name}.{p}" in inputs]
-        return sampling.SparseRows(*parts) if parts else None
-
-    return sampling.Options(
-        inputs["temperature"], inputs["top_k"], inputs["top_p"], inputs["min_p"], inputs["seeds"],
-        inputs["draw_positions"], inputs["sample_index"], inputs["presence_penalty"], inputs["frequency_penalty"],
-        inputs["repetition_penalty"], sparse("counts"), sparse("bias"), inputs.get("allowed"),
-    )  # fmt: skip
+        matrix, row_ids, options = self.packed.head, inputs["row_ids"], device_options(inputs)
+        head_sample.head_sample(x, matrix, final, row_ids, options, drawn, scratch, self._dtype, head.ranks)
+        if head.ranks:
+            head_ranks.head_ranks(x, matrix, final, row_ids, drawn, scratch, self._dtype)

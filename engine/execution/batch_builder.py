@@ -92,6 +92,7 @@ def _sampling(draws: Sequence[Draw], vocab_size: int) -> SamplingBatch:
         output_counts=_sparse(map(_history_counts, draws)) if any(p.has_penalties for p in params) else None,
         logit_bias=_sparse((p.logit_bias or {}).items() for p in params) if any(p.logit_bias for p in params) else None,
         allowed=np.stack([_allowed_bits(draw, vocab_size) for draw in draws]) if masked else None,
+        ranks=any(p.logprobs is not None for p in params),
     )
 
 
