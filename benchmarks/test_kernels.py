@@ -17,6 +17,7 @@ from kernel_timing import MOST_COPIES, RESULTS, ROTATION, Machine
 
 from kernels import attention as attention_kernel
 from kernels import embedding as embedding_kernel
+from kernels import head_ranks as head_ranks_kernel
 from kernels import head_sample as head_sample_kernel
 from kernels import layer_norm as layer_norm_kernel
 from kernels import linear as linear_kernel
@@ -77,10 +78,10 @@ class Bench:
             fill(0.8), none, fill(1.0), fill(0.0), fill(7, torch.int64), stream, none, fill(0.0), fill(0.0), fill(1.0)
         )
 
-    def drawn(self) -> sampling_kernel.Drawn:
+    def drawn(self, top: int = 0) -> sampling_kernel.Drawn:
         i, f = (torch.empty(self.rows, dtype=d, device=self.machine.device) for d in (torch.int32, torch.float32))
-        none = i.new_empty(self.rows, 0), f.new_empty(self.rows, 0)
-        return sampling_kernel.Drawn(i, f, i.clone(), i.clone(), *none)
+        best = i.new_empty(self.rows, top), f.new_empty(self.rows, top)
+        return sampling_kernel.Drawn(i, f, i.clone(), i.clone(), *best)
 
     def measure(self, make: Callable[[], Work]) -> None:
         """Time ``make``'s launch, on as many sets of operands as the L2 cache cannot hold."""
@@ -204,7 +205,7 @@ def test_attention(bench: Bench, queries: int) -> None:
         k, v = (bench.floats(sequences * blocks, shape.heads, BLOCK, head_dim, dtype=DTYPE) for _ in range(2))
         tables = torch.randperm(sequences * blocks, device=device).int().view(sequences, blocks)
         q, out = (bench.floats(sequences * count, shape.width, dtype=DTYPE) for _ in range(2))
-        partials, counters = attention_kernel.scratch_sizes(len(listed), paging, choice, last)
+        partials, counters = attention_kernel.scratch_sizes(starts[-1], len(listed), paging, choice, last)
         scratch, counters = torch.empty(partials, device=device), bench.zeros(counters)
         query_tiles, scale = torch.from_numpy(listed).to(device), head_dim**-0.5
         return Work(
@@ -239,27 +240,59 @@ def test_sampling(bench: Bench) -> None:
 
     def make() -> Work:
         y, drawn, options = bench.floats(rows, vocab), bench.drawn(), bench.options()
-        cost = sampling_kernel.cost(rows, vocab, 0, 0)
+        cost = sampling_kernel.cost(rows, vocab, 0, sampled_rows=rows)
         return Work(lambda: sampling_kernel.sampling(y, options, drawn, y), cost, [drawn.logprobs])
+
+    bench.measure(make)
+
+
+class Drawing:
+    """Operands of ``head_sample``, and of the ``head_ranks`` that may follow it."""
+
+    def __init__(self, bench: Bench, kind: str, top: int) -> None:
+        shape, rows = bench.shape, bench.rows
+        self.x, self.drawn, self.options = bench.floats(rows, shape.width), bench.drawn(top), bench.options()
+        self.weights, self.norm = bench.weights(shape.vocab_size, shape.width, kind), bench.norm(self.x)
+        self.ids = torch.arange(rows, dtype=torch.int32, device=bench.machine.device)
+        floats, ids, counters = head_sample_kernel.HeadScratch.needed(rows, shape.vocab_size, top)
+        self.scratch = head_sample_kernel.HeadScratch(bench.floats(floats), bench.zeros(ids), bench.zeros(counters))
+
+    def sample(self, ranks_follow: bool = False) -> None:
+        operands = (self.x, self.weights, self.norm, self.ids, self.options, self.drawn, self.scratch)
+        head_sample_kernel.head_sample(*operands, DTYPE, ranks_follow)
+
+    def rank(self) -> None:
+        operands = (self.x, self.weights, self.norm, self.ids, self.drawn, self.scratch)
+        head_ranks_kernel.head_ranks(*operands, DTYPE)
+
+    def tiles_above(self) -> int:
+        """Vocabulary tiles with a logit above a drawn one, after ``sample``."""
+        rows, top = self.drawn.top_ids.shape
+        planes, _, (chosen, _), _, _ = self.scratch.parts(rows, self.weights.shape[0], top)
+        maxima = planes[0, : rows * tiles.cdiv(self.weights.shape[0], tiles.VOCAB_TILE)].view(rows, -1)
+        return int((maxima > chosen[:rows, None]).any(0).sum())
+
+
+@rows_that_draw
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_head_sample(bench: Bench, kind: str) -> None:
+    def make() -> Work:
+        drawing = Drawing(bench, kind, top=0)
+        cost = head_sample_kernel.cost(bench.rows, drawing.weights, DTYPE.itemsize)
+        return Work(drawing.sample, cost, [drawing.drawn.logprobs])
 
     bench.measure(make)
 
 
 @rows_that_draw
 @pytest.mark.parametrize("kind", ["float", "int8", "int4"])
-def test_head_sample(bench: Bench, kind: str) -> None:
-    shape, rows = bench.shape, bench.rows
-    count = tiles.cdiv(rows * tiles.cdiv(shape.vocab_size, tiles.VOCAB_TILE), 16) * 16
+def test_head_ranks(bench: Bench, kind: str) -> None:
+    """Random logits: most tiles have one above a drawn token's, which is the dearest case."""
 
     def make() -> Work:
-        x, drawn, options = bench.floats(rows, shape.width), bench.drawn(), bench.options()
-        weights, norm = bench.weights(shape.vocab_size, shape.width, kind), bench.norm(x)
-        ids = torch.arange(rows, dtype=torch.int32, device=bench.machine.device)
-        scratch = head_sample_kernel.HeadScratch(bench.floats(4 * count), bench.zeros(count), bench.zeros(rows))
-        return Work(
-            lambda: head_sample_kernel.head_sample(x, weights, norm, ids, options, drawn, scratch, DTYPE),
-            head_sample_kernel.cost(rows, weights, DTYPE.itemsize),
-            [drawn.logprobs],
-        )
+        drawing = Drawing(bench, kind, top=5)
+        drawing.sample(ranks_follow=True)
+        cost = head_ranks_kernel.cost(bench.rows, drawing.weights, DTYPE.itemsize, 5, drawing.tiles_above())
+        return Work(drawing.rank, cost, [drawing.drawn.top_logprobs])
 
     bench.measure(make)

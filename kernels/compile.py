@@ -67,7 +67,9 @@ def table(target: str, manifest: dict[str, Any], model: str = "gpt2") -> str:
         ]
         if given.get("FUSED") and given.get("SPLITS", 2) > 1:
             parts.append("splits in one program")
-        parts += [name[4:].lower() for name in ("HAS_COUNTS", "HAS_ALLOWED") if given.get(name)]
+        parts += [
+            name.removeprefix("HAS_").lower() for name in ("HAS_EDITS", "HAS_ALLOWED", "OPTIONS") if given.get(name)
+        ]
         lines.append(
             f"| {row['launch']} | {', '.join(parts)} | {row['registers']} | {row['spills']} | {row['shared']} "
             f"| {row['occupancy']:.0%} | {row['wide_share']:.0%} | {row['family']} |"

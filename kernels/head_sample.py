@@ -95,8 +95,10 @@ def _tile_best(
     x = x / tl.where(wanted == 0.0, 1.0, wanted)[:, None]
     if OPTIONS:
         WORDS: tl.constexpr = (V + 31) // 32
-        mask = row_mask[:, None] & (ids < V)[None, :] & (has_allowed != 0)
-        word = tl.load(allowed_ptr + rows[:, None] * WORDS + (ids // 32)[None, :], mask=mask, other=-1)
+        words = first_id // 32 + tl.arange(0, TILE // 32)[None, :]
+        mask = row_mask[:, None] & (words < WORDS) & (has_allowed != 0)
+        word = tl.load(allowed_ptr + rows[:, None] * WORDS + words, mask=mask, other=-1)  # [BLOCK_T, TILE / 32]
+        word = tl.reshape(tl.broadcast_to(word[:, :, None], [BLOCK_T, TILE // 32, 32]), [BLOCK_T, TILE])
         x = tl.where(((word >> (ids % 32)[None, :]) & 1) != 0, x, float("-inf"))
     seed = tl.load(seed_ptr + rows, mask=row_mask, other=0)[:, None]
     position = tl.load(position_ptr + rows, mask=row_mask, other=0).to(tl.uint32, bitcast=True)[:, None]
@@ -215,6 +217,9 @@ def _head_sample_tile(
     tl.store(masses_ptr + place, mass, mask=row_mask)
     x = raw
     if OPTIONS:
+        _store_candidates(
+            raw, first_id, place, row_mask, values_ptr, value_ids_ptr, num_logprobs, plane, N, BLOCK_T, BLOCK_N
+        )  # fmt: skip
         x = _edit_tile(
             x, first_id, rows, row_mask & (has_bias != 0), bias_starts_ptr, bias_ids_ptr, biases_ptr, presence_ptr,
             frequency_ptr, repetition_ptr, True, STEPS, BLOCK_N,
@@ -230,10 +235,6 @@ def _head_sample_tile(
     tl.store(scores_ptr + place, best, mask=row_mask)
     tl.store(raws_ptr + place, best_raw, mask=row_mask)
     tl.store(best_ids_ptr + place, best_id, mask=row_mask)
-    if OPTIONS:
-        _store_candidates(
-            raw, first_id, place, row_mask, values_ptr, value_ids_ptr, num_logprobs, plane, N, BLOCK_T, BLOCK_N
-        )  # fmt: skip
     if arrive(counter_ptr + row_block, TILES):
         _finish(
             rows, row_mask, tops_ptr, masses_ptr, scores_ptr, raws_ptr, best_ids_ptr, chosen_ptr, log_mass_ptr,

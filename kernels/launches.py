@@ -140,7 +140,7 @@ def _sampling(shape: ModelShape, rows: int, edits: bool = False, masked: bool = 
         "sampling",
         1,
         lambda: sampling.sampling(y, chosen, drawn, empty(rows, shape.vocab_size)),
-        sampling.cost(rows, shape.vocab_size, 0, 0),
+        sampling.cost(rows, shape.vocab_size, 1, rows),
     )
 
 

@@ -11,7 +11,8 @@ One program draws for one row; it walks the vocabulary a few times, from the L2 
    the softmax. Without temperature, argmax(x). The lowest id among equals.
 5. Of the raw logits: the chosen token's logprob and rank, and the N most probable tokens.
 
-Bytes: the logits once from memory, 4 to 40 times from the cache, depending on the options.
+Bytes: the logits once from memory, 3 to 37 times more from the cache, depending on the options, and once more for each
+of the top N.
 """
 
 from dataclasses import dataclass
@@ -80,10 +81,12 @@ def penalised(x, values, presence, frequency, repetition):
 
 
 @triton.jit
-def _edit(scratch_ptr, starts_ptr, ids_ptr, values_ptr, row, presence, frequency, repetition, IS_BIAS: tl.constexpr):
-    """Apply the bias, or the penalties, of a row's listed ids to its scratch logits."""
-    end = tl.load(starts_ptr + row + 1)
-    for start in range(tl.load(starts_ptr + row), end, 256):
+def _edit(
+    scratch_ptr, starts_ptr, ids_ptr, values_ptr, given, row, presence, frequency, repetition, IS_BIAS: tl.constexpr
+):
+    """Apply the bias, or the penalties, of a row's listed ids to its scratch logits, where lists are given."""
+    end = tl.load(starts_ptr + row + 1, mask=given != 0, other=0)
+    for start in range(tl.load(starts_ptr + row, mask=given != 0, other=0), end, 256):
         entries = start + tl.arange(0, 256)
         mask = entries < end
         ids = tl.load(ids_ptr + entries, mask=mask, other=0).to(tl.int64)
@@ -174,9 +177,11 @@ def _sampling_tile(
     top_ids_ptr,  # [R, N] int32
     top_logprobs_ptr,  # [R, N] float32
     num_logprobs,
+    has_counts,
+    has_bias,
     logits_stride,
     V: tl.constexpr,
-    HAS_COUNTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    HAS_EDITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
     GROUPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     WORDS: tl.constexpr = (V + 31) // 32
@@ -192,7 +197,7 @@ def _sampling_tile(
         raw = tl.load(raw_ptr + ids, mask=ids < V, other=float("-inf"))
         not_finite += tl.sum(((raw != raw) | (raw == float("inf"))).to(tl.int32))
         raw_max = tl.maximum(raw_max, tl.max(raw))
-        if HAS_COUNTS or HAS_BIAS:
+        if HAS_EDITS:
             tl.store(scratch_ptr + ids, raw, mask=ids < V)
     masses = tl.zeros([1], tl.float32)
     for first_id in range(0, V, GROUPS * TILE):
@@ -204,18 +209,17 @@ def _sampling_tile(
     raw_mass = tl.max(masses)
 
     source_ptr = raw_ptr
-    if HAS_COUNTS or HAS_BIAS:
+    if HAS_EDITS:
         tl.debug_barrier()
         source_ptr = scratch_ptr
         presence = tl.load(presence_ptr + row)
         frequency = tl.load(frequency_ptr + row)
         repetition = tl.load(repetition_ptr + row)
-        if HAS_BIAS:
-            _edit(scratch_ptr, bias_starts_ptr, bias_ids_ptr, biases_ptr, row, 0.0, 0.0, 1.0, True)
-        if HAS_COUNTS:
-            _edit(
-                scratch_ptr, count_starts_ptr, count_ids_ptr, counts_ptr, row, presence, frequency, repetition, False
-            )  # fmt: skip
+        _edit(scratch_ptr, bias_starts_ptr, bias_ids_ptr, biases_ptr, has_bias, row, 0.0, 0.0, 1.0, True)
+        _edit(
+            scratch_ptr, count_starts_ptr, count_ids_ptr, counts_ptr, has_counts, row, presence, frequency,
+            repetition, False,
+        )  # fmt: skip
     wanted_temperature = tl.load(temperature_ptr + row)
     greedy = wanted_temperature == 0.0
     temperature = tl.where(greedy, 1.0, wanted_temperature)
@@ -289,21 +293,20 @@ def _sampling_tile(
         previous_id = best_id
 
 
-@triton.jit(do_not_specialize=["num_logprobs"])
+@triton.jit(do_not_specialize=["num_logprobs", "has_counts", "has_bias"])
 def _sampling_kernel(
     logits_ptr, scratch_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     sample_index_ptr, presence_ptr, frequency_ptr, repetition_ptr, count_starts_ptr, count_ids_ptr, counts_ptr,
     bias_starts_ptr, bias_ids_ptr, biases_ptr, allowed_ptr, token_ptr, logprob_ptr, rank_ptr, status_ptr,
-    top_ids_ptr, top_logprobs_ptr, num_logprobs, logits_stride,
-    V: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
-    GROUPS: tl.constexpr, TILE: tl.constexpr,
+    top_ids_ptr, top_logprobs_ptr, num_logprobs, has_counts, has_bias, logits_stride,
+    V: tl.constexpr, HAS_EDITS: tl.constexpr, HAS_ALLOWED: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     _sampling_tile(
         tl.program_id(0), logits_ptr, scratch_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
         position_ptr, sample_index_ptr, presence_ptr, frequency_ptr, repetition_ptr, count_starts_ptr,
         count_ids_ptr, counts_ptr, bias_starts_ptr, bias_ids_ptr, biases_ptr, allowed_ptr, token_ptr, logprob_ptr,
-        rank_ptr, status_ptr, top_ids_ptr, top_logprobs_ptr, num_logprobs, logits_stride, V, HAS_COUNTS, HAS_BIAS,
-        HAS_ALLOWED, GROUPS, TILE,
+        rank_ptr, status_ptr, top_ids_ptr, top_logprobs_ptr, num_logprobs, has_counts, has_bias, logits_stride, V,
+        HAS_EDITS, HAS_ALLOWED, GROUPS, TILE,
     )  # fmt: skip
 
 
@@ -364,23 +367,25 @@ def sampling(logits: torch.Tensor, options: Options, drawn: Drawn, scratch: torc
         options.repetition_penalty, counts_or_none.starts, counts_or_none.ids, counts_or_none.values,
         bias_or_none.starts, bias_or_none.ids, bias_or_none.values,
         options.top_k if options.allowed is None else options.allowed, drawn.tokens, drawn.logprobs, drawn.ranks,
-        drawn.status, drawn.top_ids, drawn.top_logprobs, drawn.top_ids.shape[1], logits.stride(0),
-        V=vocab_size, HAS_COUNTS=counts is not None, HAS_BIAS=bias is not None,
-        HAS_ALLOWED=options.allowed is not None, GROUPS=vocab_groups(vocab_size), TILE=VOCAB_TILE,
+        drawn.status, drawn.top_ids, drawn.top_logprobs, drawn.top_ids.shape[1], int(counts is not None),
+        int(bias is not None), logits.stride(0),
+        V=vocab_size, HAS_EDITS=counts is not None or bias is not None, HAS_ALLOWED=options.allowed is not None,
+        GROUPS=vocab_groups(vocab_size), TILE=VOCAB_TILE,
         **launch_options(num_warps=16),
     )  # fmt: skip
 
 
-def cost(num_rows: int, vocab_size: int, num_logprobs: int, filtered_rows: int) -> Cost:
-    """Bytes of one launch without penalties, bias or mask; ``filtered_rows`` have both top-k and top-p.
+def cost(num_rows: int, vocab_size: int, num_logprobs: int, sampled_rows: int, filtered_rows: int = 0) -> Cost:
+    """Bytes of one launch without penalties, bias or mask.
 
-    The re-reads are those of rows with a temperature; greedy ones walk over the vocabulary once less.
+    ``sampled_rows`` are not greedy; ``filtered_rows`` of them have both top-k and top-p.
     """
     row = vocab_size * 4
+    walks = num_rows * (3 + num_logprobs) + sampled_rows + filtered_rows * 33  # after the first
     return Cost(
         weights=0,
-        reads=num_rows * (row + 12) + filtered_rows * 28,
+        reads=num_rows * (row + 4) + sampled_rows * 28,
         writes=num_rows * (16 + 8 * num_logprobs),
         flops=0,
-        rereads={"logits": num_rows * row * (4 + num_logprobs) + filtered_rows * row * 34},
+        rereads={"logits": row * walks},
     )

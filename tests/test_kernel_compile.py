@@ -78,7 +78,7 @@ def test_command_line_refuses() -> None:
 STEP = """
 import sys, json
 import numpy as np, torch
-from engine.backends.base import Batch, SamplingBatch
+from engine.backends.base import Batch, SamplingBatch, Sparse
 from engine.backends.triton_step import TritonStep
 from engine.backends.triton_weights import pack_model
 from engine.checkpoints.canonical import canonical_shapes
@@ -92,10 +92,10 @@ weights = {n: torch.empty(s, device="meta") for n, s in canonical_shapes(model).
 step = TritonStep(model, pack_model(model, weights, torch.bfloat16, torch.device("meta")), torch.bfloat16, 16)
 step.allocate(4096)
 
-def batch(counts, temperature, logits):
+def batch(counts, temperature, logits, top_k=0, **options):
     f, u = lambda v: np.full(len(counts), v, np.float32), np.zeros(len(counts), np.uint32)
-    sampling = SamplingBatch(f(temperature), np.zeros(len(counts), np.int32), f(1), f(0), u.astype(np.uint64), u, u, 0,
-                             f(0), f(0), f(1))
+    sampling = SamplingBatch(f(temperature), np.full(len(counts), top_k, np.int32), f(1), f(0), u.astype(np.uint64), u,
+                             u, options.pop("n", 0), f(0), f(0), f(1), **options)
     total = sum(counts)
     starts = np.cumsum([0, *counts]).astype(np.int32)
     tables = np.zeros((len(counts), max(counts) // 16 + 1 + len(counts) % 3), np.int32)
@@ -103,11 +103,18 @@ def batch(counts, temperature, logits):
                  np.zeros(total, np.int64), starts, np.array(counts, np.int32), tables,
                  starts[1:] - 1, np.arange(logits, dtype=np.int32), sampling)
 
-def run(counts, temperature=1.0, logits=0):
-    return lambda: step.run(batch(counts, temperature, logits))
+def run(counts, temperature=1.0, logits=0, **options):
+    return lambda: step.run(batch(counts, temperature, logits, **options))
+
+def edits(rows, entries, masked=False):
+    starts, ids = np.arange(rows + 1, dtype=np.int32) * entries, np.arange(rows * entries, dtype=np.int32)
+    found = {"logit_bias": Sparse(starts, ids, np.ones(len(ids), np.float32))}
+    return found | ({"allowed": np.zeros((rows, 1571), np.uint32)} if masked else {})
 
 asked = specialisations("sm_90", [run([1] * n, t) for n in (1, 3, 17, 33, 64, 65, 100, 256) for t in (0.0, 1.0)]
-                        + [run([n], logits=k) for n in (5, 16, 17, 100, 1000) for k in (0, 3)] + [run([1, 1, 300])])
+                        + [run([n], logits=k) for n in (5, 16, 17, 100, 1000) for k in (0, 3)] + [run([1, 1, 300])]
+                        + [run([1] * n, 1.0, 0, top_k=k, n=top, **edits(n, 3, n % 2 > 0))
+                           for n in (1, 2, 33, 256) for k in (0, 5) for top in (0, 3)])
 listed = specialisations("sm_90", [launch.run for launch in all_launches(shape, torch.bfloat16)])
 print(json.dumps({"asked": sorted(asked), "missing": sorted(asked - listed), "listed": sorted(listed)}))
 """

@@ -1,6 +1,6 @@
 """Sampling against NumPy: the random stream word for word, the kept tokens, the draw's distribution, logprobs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import kernel_harness as harness
@@ -12,7 +12,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.sampling import Drawn, Options, SparseRows, _threshold, gumbel, gumbel_noise, ordered_bits, sampling
+from kernels.sampling import Drawn, Options, SparseRows, _threshold, cost, gumbel, gumbel_noise, ordered_bits, sampling
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -380,3 +380,37 @@ def test_rows_past_2_to_the_31(tmp_path: Path) -> None:
     rows = [Row(seed=i, top_k=5) for i in range(3)]
     expected = [expected_token(x, row) for x, row in zip(logits.numpy(), rows, strict=True)]
     assert draw(logits, rows).tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["counts", "bias"])
+def test_one_kind_of_edit_without_the_other(name: str) -> None:
+    """The lists that are not given are neither read nor applied."""
+    logits = torch.randn(len(EVERYTHING), 97)
+    rows = [replace(row, **{name: ()}) for row in EVERYTHING]
+    expected = [expected_token(logits[i].numpy(), row) for i, row in enumerate(rows)]
+    assert draw(logits, rows).tokens.tolist() == expected
+
+
+def test_cost_is_what_is_touched() -> None:
+    """A greedy row, a sampled one and one with both filters: unique bytes, and how often the logits are walked."""
+    rows, top = [Row(temperature=0), Row(seed=1), Row(top_k=30, top_p=0.9, seed=2)], 2
+    logits, opts, drawn = harness.guarded_like(torch.randn(3, 400)), options(rows, 400), outputs(3, top)
+    with harness.recording() as trace:
+        sampling(logits, opts, drawn, logits)
+    expected = cost(3, 400, top, 2, 1)
+    assert trace.bytes(False) == pytest.approx(expected.reads, rel=0.02)
+    assert trace.bytes(True) == expected.writes
+    low, high = logits[0, 0].data_ptr(), logits[-1, -1].data_ptr() + 4
+    read = sum(((a >= low) & (a < high)).sum() * size for _, wrote, a, size in trace.touches if not wrote)
+    assert read == pytest.approx(logits.numel() * 4 + expected.rereads["logits"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_filter_draws_from_what_it_kept() -> None:
+    """Ties with the k-th stay, what is minus infinity is never kept, and k and p may leave a single token."""
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, -torch.inf, 0.0]]).expand(40, -1).contiguous()
+    drawn = draw(logits, [Row(top_k=2, temperature=5.0, seed=i) for i in range(40)]).tokens
+    assert set(drawn.tolist()) == {0, 2, 3}
+    drawn = draw(logits, [Row(temperature=100.0, seed=i) for i in range(40)]).tokens
+    assert set(drawn.tolist()) == {0, 1, 2, 3, 5}
+    assert not draw(logits, [Row(top_p=1e-6, seed=i) for i in range(40)]).tokens.any()
