@@ -7,7 +7,7 @@
 # make test-versions    the kernels under the oldest and the newest Triton that setup.py admits
 # make mutate           break the kernels on purpose; the tests must notice
 # make peers            environments with other engines, for python -m benchmarks.compare
-# make manifest         compile every kernel for every target, with no GPU; kernels/manifest.json
+# make manifest         compile what changed of the kernels for every target, with no GPU; kernels/manifest.json
 # make gpu-check        is the triton backend right and fast on this machine's GPU? PART=conformance|invariance|bench
 # ARGS="..." adds options: make bench ARGS="--preset gpt2 --prompt-len 448"
 
@@ -56,6 +56,7 @@ mutate: .venv/.installed
 
 manifest: .venv/.installed
 	$(BIN)/python -m kernels.compile --output kernels/manifest.json $(ARGS)
+	$(BIN)/python -m kernels.manifest
 
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(ARGS)

@@ -86,6 +86,7 @@ class EngineConfig:
         kv_cache_memory_bytes: bytes for the KV cache; None: what the sequences can need, if there is room for it.
         context_overflow: at the context length, "stop" with finish_reason "length", or "slide" the window over the
             last tokens, at the price of a whole prefill for every token.
+        strict_jit: raise where a step would compile a kernel after warm-up; the triton backend alone has it.
 
     Raises:
         ValueError: a count is not a positive integer, or an option has a value that it does not accept.
@@ -101,6 +102,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     context_overflow: Literal["stop", "slide"] = "stop"
+    strict_jit: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(

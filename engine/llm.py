@@ -111,6 +111,7 @@ class LLM:
             block_size=config.block_size,
             threads=config.threads,
             memory_fraction=memory_fraction if choice.device.startswith("cuda") else 0.9,
+            strict_jit=config.strict_jit,
         )
 
     def _make_core(self) -> EngineCore:

@@ -269,9 +269,11 @@ def cost(tiles: Sequence[Sequence[int]], paging: Paging, element_size: int, choi
         ends[sequence] = max(ends.get(sequence, 0), first + count)
     keys, walked = sum(ends.values()), sum(first + count for _, _, first, count in tiles)
     tables = sum(cdiv(end, paging.block_size) for end in ends.values()) * 4
-    rereads = {"keys and values": 2 * (walked - keys) * width}
+    walked_tables = sum(cdiv(first + count, paging.block_size) for _, _, first, count in tiles) * paging.heads * 4
+    rereads = {"keys and values": 2 * (walked - keys) * width, "tables": walked_tables - tables}
     if not choice.fused:
         parts = sum(count * cdiv(first + count, paging.split) for _, _, first, count in tiles)
+        rereads["queries"] = (parts - queries) * width
         rereads["partial results, written and read"] = 2 * parts * paging.heads * (paging.head_dim + 2) * 4
     flops = sum(4 * paging.heads * paging.head_dim * count * (first + count) for _, _, first, count in tiles)
     reads = 2 * keys * width + queries * width + tables + len(tiles) * 16

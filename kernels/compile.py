@@ -2,9 +2,9 @@
 
     python -m kernels.compile --targets sm_80,sm_90,sm_100,sm_120,gfx942 --output kernels/manifest.json
 
-Each target is compiled in a process of its own. The manifest holds, for each specialisation, what the machine code is
-like (registers, spills, shared memory, occupancy, width of loads, tensor-core family) and what the launch moves by its
-``cost()``; and a hash of the sources, by which a stale manifest is known.
+Each target is compiled in a process of its own, as many at once as there are CPUs. What ``kernels/manifest.py`` says a
+row is; a row of the committed manifest is kept where the code that it is compiled from, Triton, and what reads the
+machine code are the same, so that only what changed is compiled.
 """
 
 import argparse
@@ -13,68 +13,119 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-FOLDER = Path(__file__).parent
-MANIFEST = FOLDER / "manifest.json"
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+from kernels.manifest import FOLDER, MANIFEST, code_hash, machine_table, sources_hash, text_of
+
+if TYPE_CHECKING:
+    from kernels.launches import Launch
+    from kernels.offline import Asked
+
+DTYPES = {  # name -> storage type, kind of weights
+    "bf16": ("bfloat16", "float"),
+    "fp16": ("float16", "float"),
+    "fp32": ("float32", "float"),
+    "int8": ("bfloat16", "int8"),
+    "int4": ("bfloat16", "int4"),
+}
 
 
-def sources_hash() -> str:
-    """A hash of every source in this folder."""
-    digest = hashlib.sha256()
-    for path in sorted(FOLDER.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+def reader_hash() -> str:
+    """A hash of what reads the machine code."""
+    return hashlib.sha256((FOLDER / "offline.py").read_bytes()).hexdigest()[:16]
 
 
-def compile_target(target: str, models: list[str], dtypes: list[str], kinds: list[str]) -> list[dict[str, Any]]:
-    """A manifest row for every specialisation; one target a process."""
+def kept_rows(target: str, code: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Name -> what the committed manifest says of the machine code, where that holds for ``code``, kernel -> hash."""
+    import triton
+
+    from kernels.offline import Report
+
+    if not MANIFEST.exists():
+        return {}
+    old = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    if old["triton"] != triton.__version__ or old["reader"] != reader_hash():
+        return {}
+    names = [field.name for field in fields(Report)]
+    same = {kernel for kernel, digest in code.items() if old["code"].get(kernel) == digest}
+    rows = old["targets"].get(target, [])
+    return {row["name"]: {n: row[n] for n in names} for row in rows if row["name"].partition(":")[0] in same}
+
+
+def varying(asked: Sequence["Asked"], launches: Sequence[tuple[str, str, "Launch"]]) -> dict[str, list[str]]:
+    """Name of a specialisation -> its constexprs in which the specialisations of the same launch differ."""
+    groups = defaultdict(list)
+    for one in asked:
+        model, dtype, launch = launches[one.index]
+        groups[model, dtype, launch.name].append(one)
+    found = {}
+    for group in groups.values():
+        names = [n for n in group[0].arguments if len({one.arguments[n] for one in group}) > 1]
+        found |= {one.name: names for one in group}
+    return found
+
+
+def compile_target(target: str, models: list[str], dtypes: list[str], fresh: bool) -> tuple[list[Any], dict[str, str]]:
+    """A manifest row for every specialisation, and kernel -> hash of its code; one target a process."""
     import torch
 
     from kernels.launches import MODELS, all_launches
-    from kernels.offline import compile_launches
+    from kernels.offline import asked_by, compile_launches
 
     launches = [
-        (model, dtype, kind, launch)
+        (model, dtype, launch)
         for model in models
         for dtype in dtypes
-        for kind in kinds
-        for launch in all_launches(MODELS[model], getattr(torch, DTYPES[dtype]), kind)
+        for launch in all_launches(MODELS[model], getattr(torch, DTYPES[dtype][0]), DTYPES[dtype][1])
     ]
+    asked = asked_by(target, [launch.run for *_, launch in launches])
+    hashes = {module: code_hash(module) for module in {one.module for one in asked}}
+    code = {one.kernel: hashes[one.module] for one in asked}
+    machine = {} if fresh else kept_rows(target, code)
+    missing = [one for one in asked if one.name not in machine]
+    print(f"{target}: {len(asked)} specialisations, {len(missing)} to compile", file=sys.stderr)
+    made = compile_launches(target, [launches[one.index][2].run for one in missing], {one.name for one in missing})
+    machine |= {name: asdict(report) for name, report in made.items()}
+    shown = varying(asked, launches)
     rows = []
-    for index, report in compile_launches(target, [launch.run for *_, launch in launches]):
-        model, dtype, kind, launch = launches[index]
-        cost = launch.cost
-        row = {"launch": launch.name, "model": model, "dtype": dtype, "weights": kind} | report.as_row()
-        rows.append(row | {"bytes": cost.total_bytes, "flops": cost.flops})
-    return rows
+    for one in asked:
+        model, dtype, launch = launches[one.index]
+        row = {"name": one.name, "launch": launch.name, "model": model, "dtype": dtype, "rows": launch.rows}
+        row |= {"arguments": {name: one.arguments[name] for name in shown[one.name]}} | machine[one.name]
+        rows.append(row | {"bytes": launch.cost.total_bytes, "flops": launch.cost.flops})
+    return rows, code
 
 
-def table(target: str, manifest: dict[str, Any], model: str = "gpt2") -> str:
-    """The manifest's rows of one model on one target, in Markdown."""
-    lines = [
-        "| launch | tile | registers | spills | shared | occupancy | 128-bit loads | tensor core |",
-        "|" + "---|" * 8,
-    ]
-    for row in manifest["targets"][target]:
-        if row["model"] != model:
-            continue
-        given = row["arguments"]
-        parts = [
-            f"{given[name]} {what}" for name, what in (("BLOCK_T", "rows"), ("BLOCK_Q", "queries")) if name in given
-        ]
-        if given.get("FUSED") and given.get("SPLITS", 2) > 1:
-            parts.append("splits in one program")
-        parts += [
-            name.removeprefix("HAS_").lower() for name in ("HAS_EDITS", "HAS_ALLOWED", "OPTIONS") if given.get(name)
-        ]
-        lines.append(
-            f"| {row['launch']} | {', '.join(parts)} | {row['registers']} | {row['spills']} | {row['shared']} "
-            f"| {row['occupancy']:.0%} | {row['wide_share']:.0%} | {row['family']} |"
+def build(targets: list[str], models: list[str], dtypes: list[str], fresh: bool) -> dict[str, Any]:
+    """The manifest. Compiles here for one target, in a process for each of several."""
+    import triton
+
+    manifest = {"sources": sources_hash(), "triton": triton.__version__, "reader": reader_hash(), "code": {}}
+    manifest["targets"] = {}
+    if len(targets) == 1:
+        manifest["targets"][targets[0]], manifest["code"] = compile_target(targets[0], models, dtypes, fresh)
+        return manifest
+    options = ["--models", ",".join(models), "--dtypes", ",".join(dtypes), *(["--fresh"] if fresh else [])]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def run(target: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "kernels.compile", "--targets", target, *options]
+        done = subprocess.run(
+            command, cwd=FOLDER.parent, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )
-    return "\n".join(lines)
+        part: dict[str, Any] = json.loads(done.stdout)
+        return part
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(run, targets):
+            manifest["targets"] |= part["targets"]
+            manifest["code"] |= part["code"]
+    return manifest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,45 +144,26 @@ def main(arguments: list[str] | None = None) -> int:
         return parse
 
     parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.split("\n")[0])
-    parser.add_argument("--targets", type=listed(TARGETS, "target"), default=list(TARGETS), help="comma-separated")
-    parser.add_argument("--models", type=listed(MODELS, "model"), default=list(MODELS), help="comma-separated")
-    parser.add_argument(
-        "--dtypes", type=listed(DTYPES, "dtype"), default=["bf16"], help="comma-separated: bf16, fp16, fp32"
-    )
-    parser.add_argument("--weights", type=listed(("float", "int8", "int4"), "kind"), default=["float"])
+    for name, accepted in (("target", TARGETS), ("model", MODELS), ("dtype", DTYPES)):
+        text = f"comma-separated: {', '.join(accepted)} (default: all)"
+        parser.add_argument(f"--{name}s", type=listed(accepted, name), default=list(accepted), help=text)
     parser.add_argument("--output", type=Path, help="where the manifest goes; default: standard output")
+    parser.add_argument("--fresh", action="store_true", help="keep no row of the committed manifest")
     parser.add_argument(
         "--table", choices=list(TARGETS), help="print the committed manifest's table for gpt2, and stop"
     )
     args = parser.parse_args(arguments)
     if args.table is not None:
-        print(table(args.table, json.loads(MANIFEST.read_text())))
+        print(machine_table(json.loads(MANIFEST.read_text(encoding="utf-8")), args.table))
         return 0
-    if len(args.targets) == 1:
-        os.environ.pop("TRITON_INTERPRET", None)
-        targets = {args.targets[0]: compile_target(args.targets[0], args.models, args.dtypes, args.weights)}
-    else:
-        targets = {}
-        for target in args.targets:
-            command = [sys.executable, "-m", "kernels.compile", "--targets", target]
-            for option in ("models", "dtypes", "weights"):
-                command += [f"--{option}", ",".join(getattr(args, option))]
-            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            done = subprocess.run(
-                command, cwd=FOLDER.parent, env=environment, stdout=subprocess.PIPE, text=True, check=True
-            )
-            targets |= json.loads(done.stdout)["targets"]
-            print(f"{target}: {len(targets[target])} specialisations", file=sys.stderr)
-    import triton
-
-    manifest = {"sources": sources_hash(), "triton": triton.__version__, "targets": targets}
-    text = json.dumps(manifest, indent=None, separators=(",", ":")).replace('{"launch"', '\n{"launch"') + "\n"
+    text = text_of(build(args.targets, args.models, args.dtypes, args.fresh))
     if args.output is None:
         print(text, end="")
     else:
-        args.output.write_text(text)
+        args.output.write_text(text, encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
     sys.exit(main())

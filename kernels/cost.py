@@ -9,10 +9,11 @@ class Cost:
 
     Args:
         weights: unique bytes read of weights, their scales and biases.
-        reads: other unique bytes read: activations, KV cache, tables, statistics.
+        reads: other unique bytes read that the launch did not write itself: activations, KV cache, tables, statistics.
         writes: unique bytes written.
         flops: multiplications and additions of the matrix products, padding not counted.
-        rereads: what is read more than once from DRAM's point of view, name -> extra bytes; caches should hold it.
+        rereads: all that the loads and stores move besides, name -> bytes: what is read again, what one program writes
+            for another to read. Caches should hold it.
     """
 
     weights: int

@@ -146,11 +146,11 @@ def cost(num_rows: int, width: int, element_size: int, num_ids: int, num_positio
     """``num_ids`` and ``num_positions`` are how many different ones the rows have; no row takes a drawn token."""
     return Cost(
         weights=(num_ids + num_positions) * width * element_size,
-        reads=num_rows * 12 + num_rows * width * 4,
+        reads=num_rows * 12,
         writes=num_rows * (width + 2) * 4,
         flops=0,
         rereads={
             "tables": (2 * num_rows - num_ids - num_positions) * width * element_size,
-            "residual, for the statistics": num_rows * width * 4,
+            "residual, for the statistics": 2 * num_rows * width * 4,
         },
     )

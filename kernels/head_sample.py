@@ -357,16 +357,18 @@ def head_sample(
 def cost(num_rows: int, weights: Weights, element_size: int) -> Cost:
     """Bytes of one launch on ``num_rows`` different rows without edits, mask or top-N; tiles' results stay in L2."""
     n, k = weights.shape
-    x_bytes = num_rows * (k * 4 + 12)
-    count = cdiv(n, VOCAB_TILE)
+    x_bytes, norm_bytes = num_rows * (k * 4 + 12), 2 * k * element_size
+    count, row_blocks = cdiv(n, VOCAB_TILE), cdiv(num_rows, logits_tiles(num_rows, k, element_size).block_t)
     return Cost(
-        weights=weights.nbytes + 2 * k * element_size,
+        weights=weights.nbytes + norm_bytes,
         reads=x_bytes + num_rows * 20,
         writes=num_rows * 16,
         flops=2 * num_rows * n * k,
         rereads={
-            "weights": weights.nbytes * (cdiv(num_rows, logits_tiles(num_rows, k, element_size).block_t) - 1),
+            "weights": weights.nbytes * (row_blocks - 1),
+            "norm": norm_bytes * (row_blocks * count - 1),
             "x": x_bytes * (count - 1),
+            "options": num_rows * 20 * (count - 1),
             "tile results, written and read": 2 * 20 * num_rows * count,
         },
     )

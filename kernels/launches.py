@@ -1,11 +1,13 @@
 """The launches of one step, listed for a model's shape without a model: what to compile, and what a step moves.
 
-Tensors are on torch's "meta" device: they have shapes and no memory. The lists are made by calling the launchers, so
-that they ask for exactly what a real step asks for.
+Tensors are on torch's "meta" device, where they have shapes and no memory, unless another one is asked for, on which
+the launches can be run: their bytes are counted so. The lists are made by calling the launchers, so that they ask for
+exactly what a real step asks for.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -35,25 +37,48 @@ MODELS = {
     "gpt2-xl": ModelShape(50257, 1024, 1600, 25, 48, 6400),
 }
 BLOCK_SIZE = 16  # tokens of a cache block
+CACHE_BLOCKS = 4096  # of a layer's cache
+TILE_EDGES = (1, 16, 17, 32, 33, 64, 65, 256)  # rows at which a launcher's choice of tiles may change
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of a step, and how many times the step makes it (once a layer, or once)."""
+    """One launch of a step on so many rows, and how many times the step makes it (once a layer, or once).
+
+    ``streamed`` are the weights and the KV cache that it reads, ``scratch`` is what its programs hand to each other.
+    """
 
     name: str
     times: int
+    rows: int
     run: Callable[[], None]
     cost: Cost
+    streamed: tuple[torch.Tensor, ...] = ()
+    scratch: tuple[torch.Tensor, ...] = ()
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A meta tensor."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+    """A tensor on the device of the list; zero where it has memory."""
+    return torch.zeros(shape, dtype=dtype)
 
 
 def _integers(*shape: int) -> torch.Tensor:
     return empty(*shape, dtype=torch.int32)
+
+
+def _aligned(count: int) -> int:
+    """Elements of a row so that the next one starts where the compiler likes it."""
+    return tiles.cdiv(count, 16) * 16
+
+
+def _different(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """Different integers, from 0 on."""
+    return torch.arange(int(np.prod(shape)), dtype=dtype).view(shape)
+
+
+def _cache(shape: ModelShape, dtype: torch.dtype, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of one layer, in one tensor as those of all layers are."""
+    return empty(2, blocks, shape.heads, BLOCK_SIZE, shape.width // shape.heads, dtype=dtype).unbind()  # type: ignore[return-value]
 
 
 def meta_weights(n: int, k: int, dtype: torch.dtype, kind: str = "float") -> Weights:
@@ -67,39 +92,43 @@ def meta_weights(n: int, k: int, dtype: torch.dtype, kind: str = "float") -> Wei
     return Weights(empty(n, tiles.cdiv(k, ROW_ALIGN) * ROW_ALIGN, dtype=dtype), (n, k))
 
 
-def _linears(shape: ModelShape, rows: int, dtype: torch.dtype, kind: str) -> list[Launch]:
+def _linears(shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, blocks: int = CACHE_BLOCKS) -> list[Launch]:
     """The four linears of a layer."""
     d, hidden, size = shape.width, shape.hidden, dtype.itemsize
-    workspace = linear.Workspace(empty(16), _integers(16), _integers(16))
-    stream, stats = empty(rows, d), empty(rows)
-    norm = linear.Norm(empty(d, dtype=dtype), empty(d, dtype=dtype), stats, stats)
-    residual = linear.Residual(stream, stats, stats, 1e-5)
-    cache_shape = (4096, shape.heads, BLOCK_SIZE, d // shape.heads)
-    k, v, slots = empty(*cache_shape, dtype=dtype), empty(*cache_shape, dtype=dtype), empty(rows, dtype=torch.int64)
-    cache = linear.KVCache(k, v, slots)
+    (x0, x1), (mean, rstd, next_mean, next_rstd) = empty(2, rows, d), empty(4, _aligned(rows))[:, :rows]
+    norm = linear.Norm(*empty(2, d, dtype=dtype), mean, rstd)
+    residual = linear.Residual(x0, next_mean, next_rstd, 1e-5)
+    cache = linear.KVCache(*_cache(shape, dtype, blocks), _different(rows, dtype=torch.int64))
     act, act_hidden = empty(rows, d, dtype=dtype), empty(rows, hidden, dtype=dtype)
 
     def launch(
         name: str, x: torch.Tensor, n: int, width: int, y: torch.Tensor, epilogue: str, **options: object
     ) -> Launch:
         weights, bias = meta_weights(n, width, dtype, kind), empty(n, dtype=dtype)
+        partials, tile_counters, row_counters = linear.Workspace.needed(rows, n, width, size)
+        workspace = linear.Workspace(empty(partials), _integers(tile_counters), _integers(row_counters))
         cost = linear.cost(rows, weights, dtype, size, "norm" in options, epilogue, size)
         return Launch(
             name,
             shape.layers,
+            rows,
             lambda: linear.linear(x, weights, bias, y, workspace, dtype=dtype, **options),  # type: ignore[arg-type]
             cost,
+            (weights.data,),
+            (workspace.partials, workspace.tile_counters, workspace.row_counters),
         )
 
     return [
-        launch("qkv", stream, 3 * d, d, act, "qkv", norm=norm, cache=cache),
-        launch("proj", act, d, d, stream, "residual", residual=residual),
-        launch("fc", stream, hidden, d, act_hidden, "none", norm=norm, activation=shape.activation),
-        launch("fc2", act_hidden, d, hidden, stream, "residual", residual=residual),
+        launch("qkv", x0, 3 * d, d, act, "qkv", norm=norm, cache=cache),
+        launch("proj", act, d, d, x1, "residual", residual=residual),
+        launch("fc", x0, hidden, d, act_hidden, "none", norm=norm, activation=shape.activation),
+        launch("fc2", act_hidden, d, hidden, x1, "residual", residual=residual),
     ]
 
 
-def _attention(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch.dtype) -> Launch:
+def _attention(
+    shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch.dtype, blocks: int = CACHE_BLOCKS
+) -> Launch:
     head_dim = shape.width // shape.heads
     choice = tiles.attention_tiles(head_dim, dtype.itemsize, max(count for _, count in spans))
     paging = attention.Paging(shape.heads, head_dim, BLOCK_SIZE, tiles.split_kv(shape.heads, shape.context_length))
@@ -107,40 +136,47 @@ def _attention(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch
     positions = np.concatenate([np.arange(first, first + count) for first, count in spans]).astype(np.int32)
     listed = attention.query_tiles(starts, positions, choice.block_q)
     rows, longest = len(positions), max(first + count for first, count in spans)
-    cache_shape = (4096, shape.heads, BLOCK_SIZE, head_dim)
-    k, v, q, out = (
-        empty(*size, dtype=dtype) for size in (cache_shape, cache_shape, (rows, shape.width), (rows, shape.width))
-    )
-    tables, partials, counters = _integers(len(spans), 64), empty(16), _integers(16)
-    tile_list = _integers(len(listed), 4)
+    (k, v), (q, out) = _cache(shape, dtype, blocks), empty(2, rows, shape.width, dtype=dtype)
+    partials, counters = attention.scratch_sizes(rows, len(listed), paging, choice, longest)
+    floats, zeros = empty(partials), _integers(counters)
+    tables = _different(len(spans), tiles.cdiv(shape.context_length, BLOCK_SIZE))
+    tile_list = torch.tensor(listed)
     return Launch(
         "attention",
         shape.layers,
-        lambda: attention.attention(
-            q, k, v, tables, tile_list, out, partials, counters, paging, 0.125, choice, longest
-        ),
+        rows,
+        lambda: attention.attention(q, k, v, tables, tile_list, out, floats, zeros, paging, 0.125, choice, longest),
         attention.cost(listed.tolist(), paging, dtype.itemsize, choice),
+        (k, v),
+        (floats, zeros),
     )
 
 
 def options(rows: int, vocab_size: int, edits: bool = False, masked: bool = False) -> sampling.Options:
-    """Sampling options without memory."""
+    """Sampling options of greedy rows, with lists of ids or a mask that name none."""
     sparse = sampling.SparseRows(_integers(rows + 1), _integers(16), empty(16)) if edits else None
     allowed = _integers(rows, tiles.cdiv(vocab_size, 32)) if masked else None
     f, i = empty(rows), _integers(rows)
-    return sampling.Options(f, i, f, f, empty(rows, dtype=torch.int64), i, i, f, f, f, sparse, sparse, allowed)
+    seeds = empty(rows, dtype=torch.int64)
+    return sampling.Options(f, i, f, f, seeds, i, i, f, f, f, sparse, sparse, allowed)
 
 
-def _sampling(shape: ModelShape, rows: int, edits: bool = False, masked: bool = False) -> Launch:
-    i, f = _integers(rows), empty(rows)
-    drawn = sampling.Drawn(i, f, i, i, _integers(rows, 1), empty(rows, 1))
-    y = empty(rows, tiles.cdiv(shape.vocab_size, 16) * 16)[:, : shape.vocab_size]
-    chosen = options(rows, shape.vocab_size, edits, masked)
+def _drawn(rows: int, top: int) -> sampling.Drawn:
+    """What a draw writes, without its values."""
+    tokens, ranks, status = empty(3, _aligned(rows), dtype=torch.int32)[:, :rows]
+    return sampling.Drawn(tokens, empty(rows), ranks, status, _integers(rows, top), empty(rows, top))
+
+
+def _sampling(shape: ModelShape, rows: int, *edits: bool) -> Launch:
+    drawn = _drawn(rows, 1)
+    y = empty(rows, _aligned(shape.vocab_size))[:, : shape.vocab_size]
+    chosen, scratch = options(rows, shape.vocab_size, *edits), empty(rows, shape.vocab_size)
     return Launch(
         "sampling",
         1,
-        lambda: sampling.sampling(y, chosen, drawn, empty(rows, shape.vocab_size)),
-        sampling.cost(rows, shape.vocab_size, 1, rows),
+        rows,
+        lambda: sampling.sampling(y, chosen, drawn, scratch),
+        sampling.cost(rows, shape.vocab_size, 1, 0),
     )
 
 
@@ -149,9 +185,8 @@ def _head_sample(
 ) -> list[Launch]:
     """The fused head and draw, and the ranks that may follow it."""
     d = shape.width
-    w, stats, i = meta_weights(shape.vocab_size, d, dtype, kind), empty(rows), _integers(rows)
-    norm = linear.Norm(empty(d, dtype=dtype), empty(d, dtype=dtype), stats, stats)
-    drawn = sampling.Drawn(i, stats, i, i, _integers(rows, top), empty(rows, top))
+    w, row_ids, drawn = meta_weights(shape.vocab_size, d, dtype, kind), _different(rows), _drawn(rows, top)
+    norm = linear.Norm(*empty(2, d, dtype=dtype), *empty(2, _aligned(rows))[:, :rows])
     floats, ids, counters = head_sample.HeadScratch.needed(rows, shape.vocab_size, top)
     scratch = head_sample.HeadScratch(empty(floats), _integers(ids), _integers(counters))
     chosen, x = options(rows, shape.vocab_size, edits), empty(rows, d)
@@ -159,41 +194,58 @@ def _head_sample(
         Launch(
             "head_sample",
             1,
-            lambda: head_sample.head_sample(x, w, norm, i, chosen, drawn, scratch, dtype),
+            rows,
+            lambda: head_sample.head_sample(x, w, norm, row_ids, chosen, drawn, scratch, dtype),
             head_sample.cost(rows, w, dtype.itemsize),
+            (w.data,),
+            (scratch.floats, scratch.ids, scratch.counters),
         ),
         Launch(
             "head_ranks",
             1,
-            lambda: head_ranks.head_ranks(x, w, norm, i, drawn, scratch, dtype),
+            rows,
+            lambda: head_ranks.head_ranks(x, w, norm, row_ids, drawn, scratch, dtype),
             head_ranks.cost(rows, w, dtype.itemsize, top, 0),
+            (w.data,),
         ),
     ]
 
 
 def step_launches(
-    shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch.dtype, kind: str = "float"
+    shape: ModelShape,
+    spans: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    kind: str = "float",
+    device: str = "meta",
 ) -> list[Launch]:
     """The launches of a step that runs ``spans``, a sequence each, and draws for each.
 
     Args:
         spans: (first position, number of tokens) of each sequence.
         dtype: the storage type of activations and cache, and of weights where ``kind`` is "float".
+        device: where the tensors are. Weights and cache are zero; tokens, positions and blocks are different ones.
     """
+    with torch.device(device):
+        return _step_launches(shape, spans, dtype, kind)
+
+
+def _step_launches(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch.dtype, kind: str) -> list[Launch]:
     rows, draws, d, size = sum(count for _, count in spans), len(spans), shape.width, dtype.itemsize
-    i, stats = _integers(rows), empty(rows)
+    ids, stats, positions = _different(rows), empty(2, _aligned(rows)), _different(rows) % shape.context_length
+    fresh = torch.full((rows,), -1, dtype=torch.int32)
     tok, pos = meta_weights(shape.vocab_size, d, dtype).data, empty(shape.context_length, d, dtype=dtype)
     stream, head = empty(rows, d), meta_weights(shape.vocab_size, d, dtype, kind)
-    norm = linear.Norm(empty(d, dtype=dtype), empty(d, dtype=dtype), stats, stats)
-    y = empty(draws, tiles.cdiv(shape.vocab_size, 16) * 16)[:, : shape.vocab_size]
-    row_ids = _integers(draws)
+    norm = linear.Norm(*empty(2, d, dtype=dtype), *stats[:, :rows])
+    y = empty(draws, _aligned(shape.vocab_size))[:, : shape.vocab_size]
+    row_ids = _different(draws)
     qkv, proj, fc, fc2 = _linears(shape, rows, dtype, kind)
     return [
         Launch(
             "embedding",
             1,
-            lambda: embedding.embedding(i, i, i, i, tok, pos, stream, stats, stats, 1e-5),
-            embedding.cost(rows, d, size, rows, rows),
+            rows,
+            lambda: embedding.embedding(ids, fresh, ids, positions, tok, pos, stream, *stats[:, :rows], 1e-5),
+            embedding.cost(rows, d, size, rows, min(rows, shape.context_length)),
         ),
         qkv,
         _attention(shape, spans, dtype),
@@ -203,28 +255,42 @@ def step_launches(
         Launch(
             "logits",
             1,
+            draws,
             lambda: logits.logits(stream, head, norm, row_ids, y, dtype),
             logits.cost(draws, head, size),
+            (head.data,),
         ),
         _sampling(shape, draws),
     ]
 
 
+def head_sample_launches(
+    shape: ModelShape, draws: int, dtype: torch.dtype, kind: str = "float", device: str = "meta"
+) -> list[Launch]:
+    """What a step launches in place of "logits" and "sampling" where no logits are needed. As ``step_launches``."""
+    with torch.device(device):
+        return _head_sample(shape, draws, dtype, kind)[:1]
+
+
 def all_launches(shape: ModelShape, dtype: torch.dtype, kind: str = "float") -> list[Launch]:
     """A launch of every specialisation that decoding 1 to 256 sequences and prefilling any prompt asks for."""
-    found: list[Launch] = []
-    for batch in (1, 32, 64, 256):
-        found += step_launches(shape, [(100, 1)] * batch, dtype, kind)
-        found += _head_sample(shape, batch, dtype, kind)
-        found += _head_sample(shape, batch, dtype, kind, edits=True, top=1)[:1]
-    found += step_launches(shape, [(0, 512)], dtype, kind)
-    found += [_sampling(shape, 1, edits, masked) for edits in (False, True) for masked in (False, True)]
-    x, w = empty(8, shape.width, dtype=dtype), empty(shape.width, dtype=dtype)
-    found.append(
-        Launch(
-            "layer_norm", 0, lambda: layer_norm.layer_norm(x, w, w, x, 1e-5), layer_norm.cost(8, shape.width, 2, False)
-        )
-    )
+    with torch.device("meta"):
+        found: list[Launch] = []
+        for batch in TILE_EDGES:
+            found += _step_launches(shape, [(100, 1)] * batch, dtype, kind)
+            found += _head_sample(shape, batch, dtype, kind)
+            found += _head_sample(shape, batch, dtype, kind, edits=True, top=1)[:1]
+        for length in (17, 512):
+            found += _step_launches(shape, [(0, length)], dtype, kind)
+        found += [_sampling(shape, 1, *edits) for edits in product((False, True), repeat=2)]
+        # Compiled for AMD, a pointer into more than 2 GiB is another type: that is what a cache on a GPU is.
+        blocks = 2**31 // (BLOCK_SIZE * shape.width * dtype.itemsize) + 1
+        for rows in TILE_EDGES:
+            found += _linears(shape, rows, dtype, kind, blocks)[:1]
+        found += [_attention(shape, [(100, count)], dtype, blocks) for count in (1, 17)]
+        x, w = empty(8, shape.width, dtype=dtype), empty(shape.width, dtype=dtype)
+        cost = layer_norm.cost(8, shape.width, dtype.itemsize, False)
+        found.append(Launch("layer_norm", 0, 8, lambda: layer_norm.layer_norm(x, w, w, x, 1e-5), cost))
     return found
 
 

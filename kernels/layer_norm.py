@@ -142,10 +142,10 @@ def layer_norm(
 def cost(num_rows: int, width: int, element_size: int, has_residual: bool) -> Cost:
     """Bytes of one launch; x, residual, weight, bias and y are stored in ``element_size`` bytes."""
     row = num_rows * width
-    passes = {"the row, for statistics and output": row * (2 * 4 if has_residual else 2 * element_size)}
+    passes = {"the row, for statistics and output": row * (3 * 4 if has_residual else 2 * element_size)}
     return Cost(
         weights=2 * width * element_size,
-        reads=row * element_size * (2 if has_residual else 1) + (row * 4 if has_residual else 0),
+        reads=row * element_size * (2 if has_residual else 1),
         writes=row * element_size + (row * 4 if has_residual else 0),
         flops=0,
         rereads=passes | {"weight and bias": 2 * width * element_size * (cdiv(num_rows, STAT_ROWS) - 1)},

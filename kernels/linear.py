@@ -347,6 +347,8 @@ def linear(
     tiles = linear_tiles(num_rows, n, k, dtype.itemsize)
     grid = cdiv(num_rows, tiles.block_t) * cdiv(n, BLOCK_N) * (1 if tiles.fused else tiles.splits)
     scales = weights.scales
+    num_warps = 8 if weights.kind == "int4" and tiles.block_t == 64 else tiles.num_warps  # with 4, sm_80 spills
+    stat_rows = STAT_ROWS if n <= 1280 else STAT_ROWS // 2  # of wider rows, 8 at once spill there
     _linear_kernel[(grid,)](
         x, weights.data, bias if scales is None else scales, bias,
         norm.weight if norm else bias, norm.bias if norm else bias, norm.mean if norm else x, norm.rstd if norm else x,
@@ -360,8 +362,8 @@ def linear(
         EPILOGUE="residual" if residual else "qkv" if cache else "none",
         WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
         HEAD_DIM=cache.k.shape[3] if cache else 1, BLOCK_SIZE=cache.k.shape[2] if cache else 1,
-        BLOCK_N=BLOCK_N, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, STAT_ROWS=STAT_ROWS, STAT_CHUNK=STAT_CHUNK,
-        **launch_options(tiles.num_warps, tiles.num_stages),
+        BLOCK_N=BLOCK_N, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, STAT_ROWS=stat_rows, STAT_CHUNK=STAT_CHUNK,
+        **launch_options(num_warps, tiles.num_stages),
     )  # fmt: skip
 
 
@@ -388,7 +390,7 @@ def cost(
         rereads["new residual, for its statistics"] = 2 * rows * n * 4
     if epilogue == "qkv":
         rereads["slots"] = rows * 8 * (out_blocks - 1)
-    if norm:
-        rereads["norm weight and bias"] = 2 * k * dtype.itemsize * (out_blocks * row_blocks - 1)
-    parameters = n * bias_size + (2 * k * dtype.itemsize if norm else 0)
-    return Cost(weights.nbytes + parameters, reads, writes, 2 * rows * n * k, rereads)
+    norm_bytes = 2 * k * dtype.itemsize if norm else 0
+    rereads["norm weight and bias"] = norm_bytes * (out_blocks * row_blocks - 1)
+    rereads["bias"] = n * bias_size * (row_blocks - 1)
+    return Cost(weights.nbytes + n * bias_size + norm_bytes, reads, writes, 2 * rows * n * k, rereads)

@@ -72,7 +72,8 @@ def _linear_tiles(num_rows: int, element_size: int, splits: int, blocks: int, fu
     block_t = min(max(MIN_ROWS, next_power_of_2(num_rows)), 64)
     if element_size == 4:
         block_k = BLOCK_K_FLOAT32
-        return LinearTiles(block_t, block_k, splits, blocks * (BLOCK_K // block_k), fused, 4, 3)
+        num_warps = 8 if block_t == 64 else 4  # with 4, GPT-2 XL's spill
+        return LinearTiles(block_t, block_k, splits, blocks * (BLOCK_K // block_k), fused, num_warps, 3)
     return LinearTiles(block_t, BLOCK_K, splits, blocks, fused, 4, 4 if block_t <= 32 else 3)
 
 

@@ -62,6 +62,12 @@ def element_addresses(tensor: torch.Tensor) -> np.ndarray:
     return np.unique(offsets.ravel() * tensor.element_size() + tensor.data_ptr())
 
 
+def _last_byte(tensor: torch.Tensor) -> int:
+    """Bytes from the start of a tensor's first element to the end of its last."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()
+
+
 @dataclass
 class Trace:
     """What the programs of the launches inside ``recording`` touched: (program, is it a write, addresses, bytes)."""
@@ -69,22 +75,37 @@ class Trace:
     touches: list[tuple[int, bool, np.ndarray, int]] = field(default_factory=list)
     program: int = -1
 
-    def _addresses(self, write: bool, tensor: torch.Tensor | None = None) -> list[np.ndarray]:
-        """Byte addresses of each touch, those inside ``tensor``'s extent only."""
+    def _extents(self, write: bool | None, tensor: torch.Tensor | None = None) -> np.ndarray:
+        """[n, 2] sorted and disjoint: first byte, and the one after the last, of all that was read or written (of a
+        tensor); of either where ``write`` is None.
+        """
         found = []
         for _, wrote, addresses, size in self.touches:
-            if wrote is write:
-                found.append((addresses[:, None] + np.arange(size)).ravel())
+            if write is None or wrote is write:
+                cuts = np.flatnonzero(np.diff(addresses) != size) + 1
+                firsts, lasts = addresses[np.r_[0, cuts]], addresses[np.r_[cuts - 1, len(addresses) - 1]]
+                found.append(np.stack([firsts, lasts + size], axis=1))
+        extents = np.concatenate(found) if found else np.empty((0, 2), np.int64)
         if tensor is not None:
-            elements = element_addresses(tensor)
-            low, high = elements[0], elements[-1] + tensor.element_size()
-            found = [a[(a >= low) & (a < high)] for a in found]
-        return found
+            elements = tensor.data_ptr() + np.array([0, _last_byte(tensor)])
+            extents = np.clip(extents, *elements)
+        extents = extents[extents[:, 0] < extents[:, 1]]
+        extents = extents[np.argsort(extents[:, 0], kind="stable")]
+        if not len(extents):
+            return extents
+        reached = np.maximum.accumulate(extents[:, 1])
+        starts = np.r_[True, extents[1:, 0] > reached[:-1]]
+        return np.stack([extents[starts, 0], reached[np.r_[np.flatnonzero(starts)[1:] - 1, len(extents) - 1]]], axis=1)
 
     def bytes(self, write: bool, *tensors: torch.Tensor) -> int:
         """Unique bytes read (or written) of these tensors together, all tensors if none is given."""
-        parts = [a for tensor in tensors or (None,) for a in self._addresses(write, tensor)]
-        return len(np.unique(np.concatenate(parts))) if parts else 0
+        parts = [self._extents(write, tensor) for tensor in tensors or (None,)]
+        return sum(int((part[:, 1] - part[:, 0]).sum()) for part in parts)
+
+    def bytes_from_before(self) -> int:
+        """Unique bytes read that none of the launches wrote."""
+        both, written = self._extents(None), self._extents(True)
+        return int((both[:, 1] - both[:, 0]).sum() - (written[:, 1] - written[:, 0]).sum())
 
     def traffic(self) -> int:
         """Bytes that programs read and wrote, as often as they did; within one load or store each byte counts once."""
@@ -92,9 +113,10 @@ class Trace:
 
     def sectors(self, tensor: torch.Tensor) -> float:
         """Bytes of the 32-byte sectors that the reads of ``tensor`` touch, over the bytes read, both unique."""
-        parts = self._addresses(False, tensor)
-        unique = np.unique(np.concatenate(parts)) - tensor.data_ptr()
-        return len(np.unique(unique // SECTOR)) * SECTOR / len(unique)
+        extents = self._extents(False, tensor)
+        first, last = (extents - [tensor.data_ptr(), tensor.data_ptr() + 1]).T // SECTOR
+        shared = int((first[1:] == last[:-1]).sum())  # with the extent before
+        return ((last - first + 1).sum() - shared) * SECTOR / (extents[:, 1] - extents[:, 0]).sum()
 
     def check(self, tensors: Sequence[torch.Tensor], shared: Sequence[torch.Tensor] = ()) -> None:
         """Every touch is an element of one of ``tensors`` or ``shared``; only ``shared`` is written across programs."""
@@ -140,7 +162,8 @@ def recording() -> Iterator[Trace]:
         hit = addresses[np.broadcast_to(mask.data.astype(bool), addresses.shape)].astype(np.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         if len(hit):
-            trace.touches.append((trace.program, write, np.unique(hit), size))
+            in_order = (hit[1:] > hit[:-1]).all()  # most are, and sorting is most of the time
+            trace.touches.append((trace.program, write, hit if in_order else np.unique(hit), size))
 
     def recorded_load(self, pointers, mask, *rest):
         note(False, pointers, mask)

@@ -86,5 +86,6 @@ def test_cost_is_what_is_touched() -> None:
     expected = cost(rows, width, 2, len(inputs["token_ids"].unique()), len(inputs["positions"].unique()))
     assert trace.bytes(False, inputs["tok"], inputs["pos"]) == expected.weights
     assert trace.bytes(True) == expected.writes
-    assert trace.bytes(False) == pytest.approx(expected.weights + expected.reads, rel=0.02)
+    assert trace.bytes_from_before() == expected.weights + expected.reads
+    assert trace.traffic() == expected.total_bytes + sum(expected.rereads.values())
     assert trace.sectors(inputs["tok"]) <= 1.1

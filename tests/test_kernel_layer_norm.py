@@ -88,8 +88,9 @@ def test_cost_is_what_is_touched(has_residual: bool) -> None:
         layer_norm(x, weight, bias, y, EPS, *((residual, total) if has_residual else (None, None)))
     expected = cost(9, 768, 2, has_residual)
     assert trace.bytes(False, weight, bias) == expected.weights
-    assert trace.bytes(False) == expected.weights + expected.reads
+    assert trace.bytes_from_before() == expected.weights + expected.reads
     assert trace.bytes(True) == expected.writes
+    assert trace.traffic() == expected.total_bytes + sum(expected.rereads.values())
 
 
 def test_refuses() -> None:

@@ -132,6 +132,7 @@ class Backend(ABC):
         block_size: tokens in a block of the KV cache.
         threads: CPU threads, where that means something; None is as many as the process may use.
         memory_fraction: share of the device's memory that weights and KV cache may take.
+        strict_jit: raise where a step would compile a kernel after warm-up; for backends that compile while they run.
 
     Raises:
         ValueError: a dtype, device, shape or option that the backend does not have, with what it accepts.
@@ -153,6 +154,7 @@ class Backend(ABC):
         block_size: int,
         threads: int | None = None,
         memory_fraction: float = 0.9,
+        strict_jit: bool = False,
     ) -> None: ...
 
     @abstractmethod

@@ -15,6 +15,14 @@ def check_choice(what: str, value: str, accepted: tuple[str, ...], owner: str) -
         raise ValueError(f"the {owner} backend has no {what} {value!r}; it accepts {', '.join(accepted)}")
 
 
+def check_no_strict_jit(strict_jit: bool, owner: str) -> None:
+    """Refuse ``strict_jit`` where nothing is compiled while steps run."""
+    if strict_jit:
+        raise ValueError(
+            f"the {owner} backend compiles nothing while it runs, so it has no strict_jit=True; it accepts False"
+        )
+
+
 def check_batch(batch: Batch, model: ModelConfig, num_blocks: int, block_size: int, num_drawn: int) -> None:
     """Refuse a batch that is empty or points outside of the model, the KV cache, itself or the step before.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engine.backends.base import Backend, Batch, Capacity, SamplingBatch, Sparse, StepOutput
-from engine.backends.checks import check_choice, free_memory
+from engine.backends.checks import check_choice, check_no_strict_jit, free_memory
 from engine.checkpoints.canonical import check_canonical
 from engine.config import ModelConfig
 from engine.machine import usable_cpus
@@ -91,8 +91,10 @@ class NativeBackend(Backend):
         block_size: int,
         threads: int | None = None,
         memory_fraction: float = 0.9,
+        strict_jit: bool = False,
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
+        check_no_strict_jit(strict_jit, self.name)
         check_choice("device", device, self.devices, self.name)
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from engine.backends.base import Backend, Batch, Capacity, StepOutput
-from engine.backends.checks import check_batch, check_choice, free_memory
+from engine.backends.checks import check_batch, check_choice, check_no_strict_jit, free_memory
 from engine.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class TritonBackend(Backend):
         threads: int | None = None,
         memory_fraction: float = 0.9,
         graphs: bool = True,
+        strict_jit: bool = False,
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
         check_choice("device", device.partition(":")[0], self.devices, self.name)
@@ -62,8 +63,8 @@ class TritonBackend(Backend):
                 f"the {self.name} backend accepts embed_dim up to {MAX_WIDTH} and head_dim up to {MAX_HEAD_DIM}, "
                 f"got {model.embed_dim} and {model.head_dim}"
             )
-        self._prepare()
-        from engine.backends import triton_step, triton_weights
+        self._prepare(strict_jit)
+        from engine.backends import triton_jit, triton_step, triton_weights
 
         self._model = model
         self._device = torch.device(device)
@@ -72,8 +73,9 @@ class TritonBackend(Backend):
         self._memory_fraction = memory_fraction
         packed = triton_weights.pack_model(model, weights, self._dtype, self._device)
         self._step = triton_step.TritonStep(model, packed, self._dtype, block_size, graphs)
+        self.jit = triton_jit.JitWatch(strict_jit)
 
-    def _prepare(self) -> None:
+    def _prepare(self, strict_jit: bool) -> None:
         """Settle this process's Triton mode, or say why it cannot be."""
         if not torch.cuda.is_available():
             raise ValueError(
@@ -104,12 +106,21 @@ class TritonBackend(Backend):
 
     def allocate(self, num_blocks: int) -> None:
         self._step.allocate(num_blocks)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile what steps will ask for; what is compiled after that, ``jit`` counts, logs or refuses."""
+        from engine.backends import triton_jit
+
+        if not self.jit.warm:
+            triton_jit.warm_up(self.submit, self._model)
+            self.jit.warm = True
 
     def submit(self, batch: Batch) -> Handle:
         num_blocks = self._step.cache.shape[2] if self._step.cache.dim() == 6 else 0
         check_batch(batch, self._model, num_blocks, self._block_size, self._step.num_drawn)
         on_gpu = self._device.type == "cuda"
-        with torch.inference_mode(), torch.cuda.device(self._device) if on_gpu else nullcontext():
+        with torch.inference_mode(), self.jit, torch.cuda.device(self._device) if on_gpu else nullcontext():
             tensors = self._step.run(batch)
             if tensors.packed is not None:
                 tensors.slot.download(tensors.packed)
@@ -137,11 +148,15 @@ class TritonInterpretBackend(TritonBackend):
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
-    def _prepare(self) -> None:
+    def _prepare(self, strict_jit: bool) -> None:
+        check_no_strict_jit(strict_jit, self.name)
         _require_triton(self.name)
         from kernels import interpreter
 
         interpreter.install()
+
+    def _warm_up(self) -> None:
+        """Nothing is compiled."""
 
 
 def _require_triton(name: str) -> None:

@@ -22,8 +22,9 @@ from engine.bench.measure import (
     measure_loop,
     read_bandwidth,
 )
+from engine.bench.plan import BATCHES, CARDS, plan
 from engine.bench.plot import save_plot
-from engine.bench.presets import PRESETS, random_checkpoint
+from engine.bench.presets import PRESETS, preset_config, random_checkpoint
 from engine.bench.report import print_batches, print_check, print_headline, print_loops
 from engine.checkpoints.canonical import Checkpoint, to_reference
 from engine.checkpoints.load import load_checkpoint
@@ -40,6 +41,7 @@ EXAMPLES = """examples:
   python -m engine.bench --model model.pth --config config.json      your own: your loop, the engine, the same tokens
   python -m engine.bench --preset gpt2 --prompt-len 448 --gen-len 64
   python -m engine.bench --preset gpt2 --batch 1,8,32 --json result.json --plot result.png
+  python -m engine.bench --plan h100 --preset gpt2-xl --dtype int8   an estimate for a card that is not here
 """
 SAMPLE_PROMPT = "It is a truth universally acknowledged, that"
 
@@ -55,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     )
     bench = made.add_argument_group("bench")
     bench.add_argument("--preset", choices=PRESETS, help="a GPT-2 size with random weights, in place of --model")
-    bench.add_argument("--batch", default="1,4,16", help="sequences at once, a list (default: %(default)s)")
+    bench.add_argument("--batch", help="sequences at once, a list (default: 1,4,16; with --plan 1 to 256)")
+    bench.add_argument("--plan", choices=CARDS, help="measure nothing: estimate GPT-2 on a card by its published rates")
     bench.add_argument("--prompt-len", type=int, default=128, help="tokens in a prompt (default: %(default)s)")
     bench.add_argument("--gen-len", type=int, default=64, help="tokens to generate (default: %(default)s)")
     bench.add_argument("--repeats", type=int, default=3, help="runs that count (default: %(default)s)")
@@ -70,6 +73,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Check, measure, print."""
     args = parser().parse_args()
+    if args.plan:
+        _plan(args)
+        return
+    args.batch = args.batch or "1,4,16"
     if args.quick:
         args.batch, args.gen_len, args.repeats = "1,4", min(args.gen_len, 16), 1
     batches = _sizes(args.batch)
@@ -115,6 +122,23 @@ def main() -> None:
         save_plot(args.plot, title, loops, measured, bandwidth)
         console.print(f"chart written to {args.plot}")
     document = json.dumps(results)
+    if args.json:
+        args.json.write_text(document + "\n")
+    print(document, flush=True)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    """Print the estimate for a card; the context of a decode step is that in the middle of generating."""
+    if args.model:
+        raise ValueError("--plan and --model exclude each other; --preset chooses a GPT-2 size")
+    name = args.preset or "gpt2"
+    config, context = preset_config(name), args.prompt_len + args.gen_len // 2
+    if not 1 <= context <= config.context_length:
+        raise ValueError(f"--prompt-len {args.prompt_len} and --gen-len {args.gen_len} do not fit a context of 1024")
+    batches = _sizes(args.batch) if args.batch else list(BATCHES)
+    console = Console(file=sys.stdout, soft_wrap=True)
+    dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+    document = json.dumps(plan(console, name, config, args.plan, dtype, batches, context))
     if args.json:
         args.json.write_text(document + "\n")
     print(document, flush=True)
