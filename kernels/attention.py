@@ -25,6 +25,7 @@ import triton.language as tl
 
 from kernels.common import arrive, tree_sum
 from kernels.cost import Cost
+from kernels.dependent import let_next_start, wait_for_previous
 from kernels.linear import TRITON_TYPES
 from kernels.tiles import BLOCK_KV, AttentionTiles, cdiv, launch_options, next_power_of_2
 
@@ -110,7 +111,10 @@ def _attention_tile(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     split = 0
     if not FUSED:
         split = pid % split_programs
@@ -174,12 +178,12 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, tiles_ptr, out_ptr, partial_ptr, counter_ptr, split_programs, scale, q_stride,
     table_stride, out_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr, FUSED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _attention_tile(
         tl.program_id(0), q_ptr, k_ptr, v_ptr, tables_ptr, tiles_ptr, out_ptr, partial_ptr, counter_ptr,
         split_programs, scale, q_stride, table_stride, out_stride, HEADS, HEAD_DIM, BLOCK_SIZE, SPLIT, FUSED, DTYPE,
-        BLOCK_Q, BLOCK_KV, BLOCK_D,
+        BLOCK_Q, BLOCK_KV, BLOCK_D, PDL,
     )  # fmt: skip
 
 
@@ -224,6 +228,7 @@ def attention(
     scale: float,
     choice: AttentionTiles,
     longest: int,
+    dependent: bool = False,
 ) -> None:
     """Write out [T, heads * head_dim] for the query tiles.
 
@@ -236,6 +241,7 @@ def attention(
         scale: multiplies q.k.
         choice: from ``attention_tiles``.
         longest: the most keys that a query of the batch sees, or more.
+        dependent: launched as ``kernels/dependent.py`` says.
     """
     splits = 1 if choice.fused else cdiv(longest, paging.split)
     _attention_kernel[(tiles.shape[0] * paging.heads * splits,)](
@@ -243,7 +249,7 @@ def attention(
         HEADS=paging.heads, HEAD_DIM=paging.head_dim, BLOCK_SIZE=paging.block_size, SPLIT=paging.split,
         FUSED=choice.fused, DTYPE=TRITON_TYPES[q.dtype], BLOCK_Q=choice.block_q,
         BLOCK_KV=BLOCK_KV, BLOCK_D=max(16, next_power_of_2(paging.head_dim)),
-        **launch_options(choice.num_warps, choice.num_stages),
+        PDL=dependent, **launch_options(choice.num_warps, choice.num_stages, dependent),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.common import row_statistics
 from kernels.cost import Cost
+from kernels.dependent import let_next_start, wait_for_previous
 from kernels.tiles import STAT_CHUNK, STAT_ROWS, cdiv, launch_options
 
 
@@ -36,7 +37,10 @@ def _embedding_tile(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     rows = pid * ROWS + tl.arange(0, ROWS).to(tl.int64)
     row_mask = rows < num_rows
     previous = tl.load(previous_rows_ptr + rows, mask=row_mask, other=-1)
@@ -76,6 +80,7 @@ def _embedding_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     _embedding_tile(
         tl.program_id(0),
@@ -96,6 +101,7 @@ def _embedding_kernel(
         WIDTH,
         ROWS,
         CHUNK,
+        PDL,
     )
 
 
@@ -110,6 +116,7 @@ def embedding(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     eps: float,
+    dependent: bool = False,
 ) -> None:
     """Write x [T, D] float32 and its row statistics mean, rstd [T] float32.
 
@@ -118,6 +125,7 @@ def embedding(
         drawn_ids: int32, what ``previous_rows`` points into.
         tok, pos: [V, D] and [C, D], any float type, columns contiguous.
         eps: added to the variance.
+        dependent: launched as ``kernels/dependent.py`` says.
     """
     num_rows, width = x.shape
     _embedding_kernel[(cdiv(num_rows, STAT_ROWS),)](
@@ -138,7 +146,8 @@ def embedding(
         WIDTH=width,
         ROWS=STAT_ROWS,
         CHUNK=STAT_CHUNK,
-        **launch_options(num_warps=4),
+        PDL=dependent,
+        **launch_options(4, dependent=dependent),
     )
 
 

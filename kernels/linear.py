@@ -25,6 +25,7 @@ import triton.language as tl
 
 from kernels.common import activate, arrive, normalise, row_statistics
 from kernels.cost import Cost
+from kernels.dependent import let_next_start, prefetch_weights, wait_for_previous
 from kernels.tiles import BLOCK_N, STAT_CHUNK, STAT_ROWS, cdiv, launch_options, linear_tiles
 from kernels.weights import Weights, weight_tile
 
@@ -195,7 +196,9 @@ def _linear_tile(
     BLOCK_K: tl.constexpr,
     STAT_ROWS: tl.constexpr,
     STAT_CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
     row_block = pid % tl.cdiv(num_rows, BLOCK_T)
     tile = pid // tl.cdiv(num_rows, BLOCK_T)  # all row blocks of a weight tile run together
     split = 0
@@ -205,6 +208,10 @@ def _linear_tile(
     outs = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     rows = row_block * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     row_mask = rows < num_rows
+    first_k = split * (BLOCKS_PER_SPLIT * BLOCK_K)
+    STEPS: tl.constexpr = BLOCKS_PER_SPLIT * SPLITS if FUSED else BLOCKS_PER_SPLIT
+    prefetch_weights(w_ptr, outs, first_k, w_stride, N, K, WEIGHTS, BLOCK_K, STEPS, PDL)
+    wait_for_previous(PDL)
     mean = tl.load(mean_ptr + rows, mask=row_mask & NORM, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=row_mask & NORM, other=0.0)
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -252,7 +259,7 @@ def _linear_kernel(
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, EPILOGUE: tl.constexpr, WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr, DTYPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAT_ROWS: tl.constexpr,
-    STAT_CHUNK: tl.constexpr,
+    STAT_CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _linear_tile(
         tl.program_id(0),
@@ -260,7 +267,7 @@ def _linear_kernel(
         next_mean_ptr, next_rstd_ptr, k_ptr, v_ptr, slots_ptr, partial_ptr, tile_counter_ptr, row_counter_ptr,
         num_rows, x_stride, w_stride, scale_stride, y_stride, residual_stride, eps,
         N, K, SPLITS, BLOCKS_PER_SPLIT, FUSED, NORM, ACTIVATION, EPILOGUE, WEIGHTS, GROUP, DTYPE, HEAD_DIM,
-        BLOCK_SIZE, BLOCK_N, BLOCK_T, BLOCK_K, STAT_ROWS, STAT_CHUNK,
+        BLOCK_SIZE, BLOCK_N, BLOCK_T, BLOCK_K, STAT_ROWS, STAT_CHUNK, PDL,
     )  # fmt: skip
 
 
@@ -324,6 +331,7 @@ def linear(
     activation: str = "none",
     residual: Residual | None = None,
     cache: KVCache | None = None,
+    dependent: bool = False,
 ) -> None:
     """Write y = epilogue(prologue(x) W^T + bias) for the T rows of x [T, K].
 
@@ -333,6 +341,7 @@ def linear(
         y: [T, N] of any float type, float32 with a ``residual``; [T, N / 3] queries in ``dtype`` with a ``cache``.
         dtype: the storage type, in which the product's operands are.
         activation: one of ``ACTIVATIONS``.
+        dependent: launched as ``kernels/dependent.py`` says.
 
     Raises:
         ValueError: an unknown activation, a residual and a cache together, or x of another width than the weights.
@@ -363,7 +372,7 @@ def linear(
         WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
         HEAD_DIM=cache.k.shape[3] if cache else 1, BLOCK_SIZE=cache.k.shape[2] if cache else 1,
         BLOCK_N=BLOCK_N, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, STAT_ROWS=stat_rows, STAT_CHUNK=STAT_CHUNK,
-        **launch_options(num_warps, tiles.num_stages),
+        PDL=dependent, **launch_options(num_warps, tiles.num_stages, dependent),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.cost import Cost
+from kernels.dependent import let_next_start, prefetch_weights, wait_for_previous
 from kernels.linear import TRITON_TYPES, Norm, split_product
 from kernels.tiles import VOCAB_TILE, cdiv, launch_options, logits_tiles
 from kernels.weights import Weights
@@ -61,12 +62,15 @@ def _logits_tile(
     y_ptr,  # [R, N] float32
     num_rows, x_stride, w_stride, scale_stride, y_stride,
     N: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(PDL)
     row_blocks = tl.cdiv(num_rows, BLOCK_T)
     outs = (pid // row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     rows = (pid % row_blocks) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     row_mask = rows < num_rows
+    prefetch_weights(w_ptr, outs, 0, w_stride, N, K, WEIGHTS, BLOCK_K, (K + BLOCK_K - 1) // BLOCK_K, PDL)
+    wait_for_previous(PDL)
     y = logits_of_tile(
         x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, rows, row_mask,
         outs, x_stride, w_stride, scale_stride, N, K, WEIGHTS, GROUP, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K,
@@ -80,17 +84,23 @@ def _logits_kernel(
     x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, y_ptr,
     num_rows, x_stride, w_stride, scale_stride, y_stride,
     N: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _logits_tile(
         tl.program_id(0), x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr,
         y_ptr, num_rows, x_stride, w_stride, scale_stride, y_stride, N, K, WEIGHTS, GROUP, DTYPE, BLOCK_N, BLOCK_T,
-        BLOCK_K,
+        BLOCK_K, PDL,
     )  # fmt: skip
 
 
 def logits(
-    x: torch.Tensor, weights: Weights, norm: Norm, row_ids: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
+    x: torch.Tensor,
+    weights: Weights,
+    norm: Norm,
+    row_ids: torch.Tensor,
+    y: torch.Tensor,
+    dtype: torch.dtype,
+    dependent: bool = False,
 ) -> None:
     """Write y [R, V] float32, the logits of the rows ``row_ids`` [R] int32 of x [T, D] float32.
 
@@ -98,6 +108,7 @@ def logits(
         weights: the head, [V, D].
         norm: the final LayerNorm and the statistics of all T rows.
         dtype: the storage type, in which the product's operands are.
+        dependent: launched as ``kernels/dependent.py`` says.
     """
     num_rows, (n, k) = row_ids.shape[0], weights.shape
     tiles = logits_tiles(num_rows, k, dtype.itemsize)
@@ -107,8 +118,8 @@ def logits(
         x, weights.data, scales, norm.weight, norm.bias, norm.mean, norm.rstd, row_ids, y, num_rows,
         x.stride(0), weights.data.stride(0), 0 if weights.scales is None else scales.stride(0), y.stride(0),
         N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
-        BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
-        **launch_options(num_warps, tiles.num_stages),
+        BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, PDL=dependent,
+        **launch_options(num_warps, tiles.num_stages, dependent),
     )  # fmt: skip
 
 

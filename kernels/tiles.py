@@ -43,9 +43,13 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch_options(num_warps: int, num_stages: int = 1) -> dict[str, Any]:
-    """Compiler options of a launch. No fused multiply-add: bits must not depend on what the compiler fuses."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+def launch_options(num_warps: int, num_stages: int = 1, dependent: bool = False) -> dict[str, Any]:
+    """Compiler options of a launch. No fused multiply-add: bits must not depend on what the compiler fuses.
+
+    ``dependent`` launches may start while the kernel before them runs (``kernels/dependent.py``).
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    return options | {"launch_pdl": True} if dependent else options
 
 
 def split_k(out_features: int, in_features: int) -> tuple[int, int]:

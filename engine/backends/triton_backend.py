@@ -36,6 +36,8 @@ class TritonBackend(Backend):
 
     Args:
         graphs: whether decode steps are captured and replayed (``triton_graphs``).
+        dependent_launch: whether a kernel fetches weights while the one before it ends (``kernels/dependent.py``);
+            for NVIDIA GPUs of compute capability 9.0 and later.
     """
 
     name: ClassVar[str] = "triton"
@@ -55,6 +57,7 @@ class TritonBackend(Backend):
         memory_fraction: float = 0.9,
         graphs: bool = True,
         strict_jit: bool = False,
+        dependent_launch: bool = False,
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
         check_choice("device", device.partition(":")[0], self.devices, self.name)
@@ -64,6 +67,10 @@ class TritonBackend(Backend):
                 f"got {model.embed_dim} and {model.head_dim}"
             )
         self._prepare(strict_jit)
+        if dependent_launch and not self._has_dependent_launch(torch.device(device)):
+            raise ValueError(
+                f"dependent_launch needs an NVIDIA GPU of compute capability 9.0 or later, which {device} is not"
+            )
         from engine.backends import triton_jit, triton_step, triton_weights
 
         self._model = model
@@ -72,7 +79,7 @@ class TritonBackend(Backend):
         self._block_size = block_size
         self._memory_fraction = memory_fraction
         packed = triton_weights.pack_model(model, weights, self._dtype, self._device)
-        self._step = triton_step.TritonStep(model, packed, self._dtype, block_size, graphs)
+        self._step = triton_step.TritonStep(model, packed, self._dtype, block_size, graphs, dependent_launch)
         self.jit = triton_jit.JitWatch(strict_jit)
 
     def _prepare(self, strict_jit: bool) -> None:
@@ -90,6 +97,11 @@ class TritonBackend(Backend):
                 "TRITON_INTERPRET was set when triton was imported in this process, so kernels would be interpreted; "
                 "unset it and start again, or ask for 'triton-interpret'"
             )
+
+    @staticmethod
+    def _has_dependent_launch(device: torch.device) -> bool:
+        cuda = device.type == "cuda" and torch.version.hip is None
+        return cuda and torch.cuda.get_device_capability(device) >= (9, 0)
 
     def update_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         from engine.backends import triton_weights

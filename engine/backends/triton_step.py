@@ -7,6 +7,7 @@ sampling; or, where a graph was captured of those, the upload and the graph. Not
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +54,17 @@ class TritonStep:
         dtype: the storage type of weights, cache and activations.
         block_size: tokens in a block of the cache.
         graphs: whether decode steps are captured and replayed.
+        dependent: whether kernels start while the one before ends (``kernels/dependent.py``).
     """
 
     def __init__(
-        self, model: ModelConfig, packed: PackedModel, dtype: torch.dtype, block_size: int, graphs: bool = True
+        self,
+        model: ModelConfig,
+        packed: PackedModel,
+        dtype: torch.dtype,
+        block_size: int,
+        graphs: bool = True,
+        dependent: bool = False,
     ) -> None:
         self.packed = packed
         self.slots = Slots(packed.pos_emb.device)
@@ -64,6 +72,7 @@ class TritonStep:
         self.num_drawn = 0  # by the step before: what ``previous_rows`` may point to
         self._model = model
         self._dtype = dtype
+        self._dependent = dependent
         self._device = packed.pos_emb.device
         self._buffers = Buffers(self._device)
         split = tiles.split_kv(model.n_heads, model.context_length)
@@ -218,7 +227,7 @@ class TritonStep:
         tok, eps = self.packed.tok_emb, model.norm_eps
         embedding.embedding(
             inputs["token_ids"], inputs["previous_rows"], before, inputs["positions"], tok.data,
-            self.packed.pos_emb, x0, stats0[0], stats0[1], eps,
+            self.packed.pos_emb, x0, stats0[0], stats0[1], eps, self._dependent,
         )  # fmt: skip
         for layer, block in enumerate(self.packed.blocks):
             k, v = self.cache[layer]
@@ -226,14 +235,16 @@ class TritonStep:
             norm1, norm2 = linear.Norm(*block.norm1, *stats0), linear.Norm(*block.norm2, *stats1)
             after_attention = linear.Residual(x0, stats1[0], stats1[1], eps)
             after_block = linear.Residual(x1, stats0[0], stats0[1], eps)
-            linear.linear(x0, *block.qkv, q, workspace, dtype=dtype, norm=norm1, cache=cache)
+            run = partial(linear.linear, workspace=workspace, dtype=dtype, dependent=self._dependent)
+            run(x0, *block.qkv, q, norm=norm1, cache=cache)
             attention.attention(
                 q, k, v, inputs["block_tables"], inputs["query_tiles"], attended, attention_partials,
                 attention_counters, self._paging, model.attn_scales[layer], choice, longest,
+                self._dependent,
             )  # fmt: skip
-            linear.linear(attended, *block.proj, x1, workspace, dtype=dtype, residual=after_attention)
-            linear.linear(x1, *block.fc, hidden, workspace, dtype=dtype, norm=norm2, activation=model.activation)
-            linear.linear(hidden, *block.fc2, x0, workspace, dtype=dtype, residual=after_block)
+            run(attended, *block.proj, x1, residual=after_attention)
+            run(x1, *block.fc, hidden, norm=norm2, activation=model.activation)
+            run(hidden, *block.fc2, x0, residual=after_block)
         return linear.Norm(*self.packed.final_norm, *stats0)
 
     def _workspace(self, rows: int) -> "linear.Workspace":
@@ -267,7 +278,7 @@ class TritonStep:
             self._draw_fused(x, final, inputs, head, drawn)
             return
         assert y is not None
-        logits.logits(x, self.packed.head, final, inputs["row_ids"], y, self._dtype)
+        logits.logits(x, self.packed.head, final, inputs["row_ids"], y, self._dtype, self._dependent)
         if head.draws:
             options = device_options(inputs)
             edited = options.output_counts is not None or options.logit_bias is not None
