@@ -24,6 +24,7 @@ import triton.language as tl
 
 from kernels.common import arrive
 from kernels.cost import Cost
+from kernels.dependent import let_next_start, prefetch_weights, wait_for_previous
 from kernels.linear import TRITON_TYPES, Norm
 from kernels.logits import logits_of_tile
 from kernels.sampling import Drawn, Options, SparseRows, add_masses, gumbel_noise, penalised, tile_mass
@@ -195,8 +196,9 @@ def _head_sample_tile(
     num_rows, num_logprobs, plane, has_counts, has_bias, has_allowed, other_rank, x_stride, w_stride, scale_stride,
     N: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
     OPTIONS: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(PDL)
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row_blocks = tl.cdiv(num_rows, BLOCK_T)
     tile = pid // row_blocks
@@ -205,6 +207,8 @@ def _head_sample_tile(
     outs = first_id + tl.arange(0, BLOCK_N).to(tl.int64)
     rows = row_block * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     row_mask = rows < num_rows
+    prefetch_weights(w_ptr, outs, 0, w_stride, N, K, WEIGHTS, BLOCK_K, (K + BLOCK_K - 1) // BLOCK_K, PDL)
+    wait_for_previous(PDL)
     y = logits_of_tile(
         x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, rows, row_mask,
         outs, x_stride, w_stride, scale_stride, N, K, WEIGHTS, GROUP, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K,
@@ -255,7 +259,7 @@ def _head_sample_kernel(
     x_stride, w_stride, scale_stride,
     N: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
     OPTIONS: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _head_sample_tile(
         tl.program_id(0), x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr,
@@ -264,7 +268,7 @@ def _head_sample_kernel(
         masses_ptr, scores_ptr, raws_ptr, values_ptr, chosen_ptr, log_mass_ptr, best_ids_ptr, value_ids_ptr,
         counter_ptr, token_ptr, logprob_ptr, rank_ptr, status_ptr, num_rows, num_logprobs, plane, has_counts, has_bias,
         has_allowed, other_rank, x_stride, w_stride, scale_stride, N, K, WEIGHTS, GROUP, DTYPE, OPTIONS, STEPS,
-        GROUPS, BLOCK_N, BLOCK_T, BLOCK_K,
+        GROUPS, BLOCK_N, BLOCK_T, BLOCK_K, PDL,
     )  # fmt: skip
 
 
@@ -318,6 +322,7 @@ def head_sample(
     scratch: HeadScratch,
     dtype: torch.dtype,
     ranks_follow: bool = False,
+    dependent: bool = False,
 ) -> None:
     """Draw a token after each of the rows ``row_ids`` [R] int32 of x [T, D] float32.
 
@@ -330,6 +335,7 @@ def head_sample(
         scratch: sizes by ``HeadScratch.needed``.
         dtype: the storage type, in which the product's operands are.
         ranks_follow: ``head_ranks`` comes next: leave what it needs, candidates for the N of ``drawn`` among it.
+        dependent: launched as ``kernels/dependent.py`` says.
     """
     num_rows, (n, k), num_logprobs = row_ids.shape[0], weights.shape, drawn.top_ids.shape[1]
     tiles, count = logits_tiles(num_rows, k, dtype.itemsize), cdiv(n, VOCAB_TILE)
@@ -350,7 +356,7 @@ def head_sample(
         N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
         OPTIONS=num_logprobs > 0 or counts is not None or bias is not None or allowed is not None,
         STEPS=n.bit_length(), GROUPS=vocab_groups(n), BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
-        **launch_options(num_warps, tiles.num_stages),
+        PDL=dependent, **launch_options(num_warps, tiles.num_stages, dependent),
     )  # fmt: skip
 
 

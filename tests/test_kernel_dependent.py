@@ -12,9 +12,11 @@ import pytest
 import torch
 import triton.language as tl
 from test_kernel_compile import compiled_mode
+from test_kernel_head_sample import scratch
+from test_kernel_sampling import Row, options, outputs
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from kernels import attention, embedding, linear, logits, tiles
+from kernels import attention, embedding, head_sample, linear, logits, tiles
 from kernels.weights import Weights, pack, unpack
 
 STEPS = ("griddepcontrol.launch_dependents", "griddepcontrol.wait", "prefetch.global.L2")
@@ -83,7 +85,7 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, n: int, k
     torch.testing.assert_close(results[0], x.float() @ unpack(weights).T, rtol=0.05, atol=0.5)
 
 
-def test_attention_embedding_and_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_embedding_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that have nothing to do wait too: a tile without queries, splits beyond a sequence's end."""
     i = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     paging, choice = attention.Paging(1, 16, 16, 64), tiles.attention_tiles(16, 4, 1)
@@ -91,10 +93,10 @@ def test_attention_embedding_and_logits(monkeypatch: pytest.MonkeyPatch) -> None
     listed = torch.tensor([[0, 0, 70, 1], [0, 0, 0, 0], [1, 1, 3, 1]], dtype=torch.int32)
     tables = torch.arange(16, dtype=torch.int32).view(2, 8) % 8
     partials, counters = attention.scratch_sizes(2, 3, paging, choice, 128)
-    scratch = torch.empty(partials), torch.zeros(counters, dtype=torch.int32)
+    parts = torch.empty(partials), torch.zeros(counters, dtype=torch.int32)
     out = torch.empty(2, 16)
     with traced(monkeypatch) as (events, trace):
-        attention.attention(q, k, k, tables, listed, out, *scratch, paging, 0.25, choice, 128, dependent=True)
+        attention.attention(q, k, k, tables, listed, out, *parts, paging, 0.25, choice, 128, dependent=True)
     check(events, trace, None, 6)
     x, mean, rstd = torch.randn(9, 32), torch.empty(9), torch.empty(9)
     ids = torch.zeros(9, dtype=torch.int32)
@@ -107,6 +109,10 @@ def test_attention_embedding_and_logits(monkeypatch: pytest.MonkeyPatch) -> None
     )
     with traced(monkeypatch) as (events, trace):
         logits.logits(x, weights, norm, i(0, 8), torch.empty(2, 97), torch.float32, dependent=True)
+    assert check(events, trace, weights, 2) > 0
+    drawn, space, greedy = outputs(2, 0), scratch(2, 97), options([Row(temperature=0)] * 2, 97)
+    with traced(monkeypatch) as (events, trace):
+        head_sample.head_sample(x, weights, norm, i(0, 8), greedy, drawn, space, torch.float32, dependent=True)
     assert check(events, trace, weights, 2) > 0
 
 
@@ -139,8 +145,8 @@ step = TritonStep(model, packed, torch.bfloat16, 16, graphs=False, dependent=dep
 step.allocate(4096)
 seen = {}
 driver = Driver.__new__(Driver)
-for count in (1, 70):
-    options = greedy(1, temperature=torch.ones(1).numpy(), top_k=torch.full((1,), 5).numpy())
+for count, k in ((1, 5), (70, 5), (1, 0)):
+    options = greedy(1, temperature=torch.ones(1).numpy(), top_k=torch.full((1,), k).numpy(), ranks=False)
     batch = driver.batch([(Running(list(range(5))), [1] * count)], options)
     with offline.compiling_only(target, seen=lambda compiled: seen.setdefault(compiled.hash, compiled)):
         step.run(batch)
@@ -168,13 +174,14 @@ def test_the_machine_code_waits_first() -> None:
     found = machine_code("sm_90", True)
     assert {name for name, *_ in found} == {
         "_embedding_kernel", "_linear_kernel", "_attention_kernel", "_logits_kernel", "_sampling_kernel",
+        "_head_sample_kernel",
     }  # fmt: skip
     for name, spills, launched, order, _ in found:
         assert spills == 0, name
         assert launched == (name != "_sampling_kernel")
         if launched:
             before = order[: order.index("wait")]
-            weights = name in ("_linear_kernel", "_logits_kernel")
+            weights = name in ("_linear_kernel", "_logits_kernel", "_head_sample_kernel")
             assert before == ["let", *["prefetch"] * before.count("prefetch")], name
             assert (before.count("prefetch") > 0) == weights
 

@@ -303,6 +303,8 @@ class TritonStep:
             get("head_counters", (counters,), torch.int32),
         )
         matrix, row_ids, options = self.packed.head, inputs["row_ids"], device_options(inputs)
-        head_sample.head_sample(x, matrix, final, row_ids, options, drawn, scratch, self._dtype, head.ranks)
+        head_sample.head_sample(
+            x, matrix, final, row_ids, options, drawn, scratch, self._dtype, head.ranks, self._dependent
+        )  # fmt: skip
         if head.ranks:
             head_ranks.head_ranks(x, matrix, final, row_ids, drawn, scratch, self._dtype)
