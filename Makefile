@@ -8,7 +8,7 @@
 # make mutate           break the kernels on purpose; the tests must notice
 # make peers            environments with other engines, for python -m benchmarks.compare
 # make manifest         compile what changed of the kernels for every target, with no GPU; kernels/manifest.json
-# make gpu-check        is the triton backend right and fast on this machine's GPU? PART=conformance|invariance|bench
+# make gpu-check        is the triton backend right and fast on this machine's GPU? PART=conformance|invariance|bench|peers
 # ARGS="..." adds options: make bench ARGS="--preset gpt2 --prompt-len 448"
 
 PYTHON ?= python3

@@ -33,6 +33,12 @@ def tokens(count: int, seed: int = 0, vocab_size: int = 97) -> list[int]:
     return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    bits = [t.reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+
+
 @dataclass
 class Running:
     """A sequence with its blocks, scattered over the cache, and how much of it has run."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from backend_driver import same_bits as same_bits
 from triton.runtime.interpreter import InterpreterBuilder
 
 from kernels import interpreter
@@ -216,11 +217,6 @@ def poison(*tensors: torch.Tensor) -> None:
     """Fill outputs with NaN, or -1 where they are integers."""
     for tensor in tensors:
         tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -1)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal bit for bit."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def run_in_every_order(

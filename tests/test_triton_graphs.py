@@ -1,16 +1,15 @@
 """Captured decode steps, interpreted: the bits of the launches one by one, and nothing read but what was uploaded."""
 
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import kernel_harness as harness
 import numpy as np
 import pytest
 import torch
 from backend_driver import BLOCK, Driver, Running, greedy, random_weights, tokens
+from step_lives import a_life, decode, first_difference, heat
 
 from engine.backends import triton_graphs, triton_step
 from engine.backends.base import Batch, StepOutput
@@ -19,7 +18,6 @@ from engine.backends.triton_buffers import DrawnLayout, Layout
 from engine.config import ModelConfig
 
 MODEL = ModelConfig(vocab_size=97, context_length=150, embed_dim=32, n_heads=1, n_layers=1, hidden_dim=32)
-NAMES = ("token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")
 
 
 def driver(graphs: bool, dtype: str = "float32") -> Driver:
@@ -29,54 +27,6 @@ def driver(graphs: bool, dtype: str = "float32") -> Driver:
     made.allocate(40)
     made._step.cache.zero_()
     return Driver(made, num_blocks=40)
-
-
-def heat(rows: int) -> Any:
-    """Draws with temperature, top-k and top-N."""
-    values = np.linspace(0, 1.2, rows).astype(np.float32)
-    return greedy(rows, temperature=values, top_k=np.full(rows, 9, np.int32), num_logprobs=3)
-
-
-def masked(rows: int) -> Any:
-    return greedy(rows, allowed=np.full((rows, 4), 0x0F0F0F0F, np.uint32))
-
-
-def decode(d: Driver, running: list[Running], options: Any = greedy, previous: list[int] | None = None) -> Any:
-    """Submit a step of one token for each sequence."""
-    batch = d.batch([(s, [5 + i]) for i, s in enumerate(running)], options(len(running)))
-    if previous is not None:
-        batch = replace(batch, previous_rows=np.array(previous, np.int32))
-    return d.backend.submit(batch)
-
-
-def a_life(d: Driver) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Steps of every kind, and the cache after each: contexts grow, sequences come and go, tokens stay there."""
-    a, b, c = d.sequence(149), d.sequence(40), d.sequence(40)
-
-    def after(found: Any) -> tuple[Any, torch.Tensor]:
-        return found, d.backend._step.cache.clone()
-
-    yield after(d.run([(a, tokens(60, 1)), (b, tokens(7, 2)), (c, [3])], greedy(3)))
-    for options, previous in ((greedy, None), (greedy, [2, 0, 1]), (heat, [1, 1, -1]), (heat, [0, 1, 2])):
-        yield after(d.backend.collect(decode(d, [a, b, c], options, previous)))
-    yield after(d.logits([(a, [9]), (c, [8])]))  # a passes 64 keys here
-    yield after(d.logits([(c, [1]), (a, [2])]))
-    yield after(d.backend.collect(decode(d, [c, a])))
-    yield after(d.backend.collect(decode(d, [a, c], greedy, [1, 0])))
-    yield after(d.run([(a, tokens(62, 3)), (b, [1])], greedy(2)))  # and 128 keys here
-    yield after(d.backend.collect(decode(d, [c, a], greedy, [1, 0])))
-    yield after(d.backend.collect(decode(d, [a], masked, [1])))
-
-
-def first_difference(ours: Iterable[Any], theirs: Iterable[Any]) -> str | None:
-    """Where two lives first differ in a bit of what was returned, or of the cache."""
-    for step, ((x, cache), (y, wanted)) in enumerate(zip(ours, theirs, strict=True)):
-        pairs = [(x, y)] if isinstance(x, torch.Tensor) else [(getattr(x, n), getattr(y, n)) for n in NAMES]
-        if not all(np.asarray(p).tobytes() == np.asarray(q).tobytes() for p, q in pairs):
-            return f"step {step}: output"
-        if not harness.same_bits(cache, wanted):
-            return f"step {step}: cache"
-    return None
 
 
 @contextmanager

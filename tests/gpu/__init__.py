@@ -1,0 +1,1 @@
+"""The parts of ``gpu_check.py``: each gives named cases, which return what they found."""
