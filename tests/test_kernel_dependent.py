@@ -57,6 +57,10 @@ def check(events: list[Any], trace: harness.Trace, weights: Weights | None, prog
             first_use = [a for p, write, a, _ in trace.touches if p == program and not write]
             used = np.unique(np.concatenate(first_use)) // 128
             assert np.isin(addresses // 128, used).all(), "a line is fetched that the program does not read"
+            own = used[
+                (used >= weights.data.data_ptr() // 128) & (used * 128 < weights.data.data_ptr() + weights.data.nbytes)
+            ]
+            assert addresses.min() // 128 == own.min(), "the first line is not fetched"
             lines += len(addresses)
     return lines
 
