@@ -107,7 +107,7 @@ def attention_tiles(head_dim: int, element_size: int, most_queries: int) -> Atte
         return AttentionTiles(16, many, 8, 1)
     if many:
         return AttentionTiles(32, True, 8, 2)
-    return AttentionTiles(16, False, 1 if head_dim <= 64 else 2 if head_dim <= 128 else 4, 2)
+    return AttentionTiles(16, False, 2 if head_dim <= 128 else 4, 2)
 
 
 def vocab_groups(vocab_size: int) -> int:
