@@ -70,7 +70,6 @@ struct Attention {
 };
 
 constexpr int kQueries = 4;     // of one attention call
-constexpr int kRowBlock = 512;  // rows that a panel is multiplied with before its results are written
 constexpr int64_t kLanes = 16;  // head_lanes and block_lanes are multiples of it, whatever the instruction set
 
 // Of logits [begin, end): the largest, and the sum of exp(logit - largest). A NaN or +inf makes the sum NaN.
@@ -93,6 +92,7 @@ struct Stream {  // of random numbers: the key and the counter's constant words 
 struct Kernels {
   const char* name;
   int64_t panel;           // outputs of a panel
+  int64_t panel_group;     // panels that are multiplied with many rows at a time
   int64_t matmul_scratch;  // floats
   int s8_order[4];  // which byte of its lane holds value i of four
 

@@ -74,7 +74,11 @@ Model::Model(Config config)
   head_lanes_ = round_up(c.head_dim(), kLanes);
   key_bytes_ = c.n_heads * c.head_dim() * block_lanes_ * item;
   value_bytes_ = c.n_heads * c.block_size * head_lanes_ * item;
-  const auto width = [&](int64_t n) { return round_up(round_up(n, kernels_->panel), kLanes); };
+  // A line more where rows would begin at the same few sets of the caches.
+  const auto width = [&](int64_t n) {
+    const int64_t floats = round_up(round_up(n, kernels_->panel), kLanes);
+    return floats % 256 ? floats : floats + kLanes;
+  };
   width_ = width(c.embed_dim);
   qkv_width_ = width(3 * c.embed_dim);
   hidden_width_ = width(c.hidden_dim);

@@ -103,7 +103,7 @@ class Model {
   bool cache_bf16_;
   Buffer cache_;  // [n_layers, num_blocks, keys then values]
 
-  // Work space, grown to the largest step. Strides are in floats and are multiples of the panel.
+  // Work space, grown to the largest step. Strides are in floats and have room for whole panels.
   int64_t width_, qkv_width_, hidden_width_, vocab_width_;
   int64_t max_row_bytes_;
   Buffer x_, qkv_, attended_, hidden_, prepared_, scales_;

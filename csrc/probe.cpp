@@ -76,7 +76,7 @@ void linear_once(const std::string& isa, int threads, Storage storage, Epilogue 
   const Output output{out.floats(), out_width, activation};
   Buffer scratch(pool.size() * kernels.matmul_scratch * 4);
   pool.run([&](Team& team, int thread) {
-    team.for_each(packed.view().num_panels, 2, [&](int64_t begin, int64_t end) {
+    team.for_each(packed.view().num_panels, rows > 16 ? kernels.panel_group + 1 : 2, [&](int64_t begin, int64_t end) {
       kernels.matmul(packed.view(), ready, rows, output, begin, end, scratch.floats() + thread * kernels.matmul_scratch);
     });
   });

@@ -221,9 +221,10 @@ void Model::linear(Team& team, int thread, const Packed& matrix, const float* x,
     }
     ready = Rows{data, max_row_bytes_, scaled ? scales : nullptr};
   }
-  // Few rows: long pieces, which stream best, in pairs of panels. Many rows: a panel is work enough.
+  // Few rows: long pieces, which stream best, in pairs of panels. Many rows: a group of panels, two for each thread.
   const int64_t share = m.num_panels / (team.size() * 6);
-  const int64_t grain = rows > 16 ? 1 : std::max<int64_t>(2, share / 2 * 2);
+  const int64_t grain = rows > 16 ? std::clamp<int64_t>(share * 3, 1, kernels_->panel_group)
+                                  : std::max<int64_t>(2, share / 2 * 2);
   team.for_each(m.num_panels, grain, [&](int64_t begin, int64_t end) {
     kernels_->matmul(m, ready, rows, y, begin, end, space(thread) + space_.matmul);
   });
