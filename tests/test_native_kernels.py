@@ -45,7 +45,7 @@ def test_every_width(dtype: str, isa: str) -> None:
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_rows_are_the_same_in_every_tile(dtype: str, isa: str) -> None:
     """1 to 20 rows, and 600, past the row block; k past the blocks, and outputs past the groups, of the caches."""
-    for k in (5, 700):
+    for k in (5, 1000):
         x, w = uniform(1, 600, k), uniform(2, 253, k)
         whole = linear(x, w, dtype, isa)
         for rows in (*range(1, 21), 33, 512, 513):
