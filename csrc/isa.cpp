@@ -75,6 +75,8 @@ const std::vector<Isa>& isas() {
     list.push_back({"avx512_bf16", cpu.avx512_bf16, kernels_avx512_bf16});
     list.push_back({"avx512", cpu.avx512, kernels_avx512});
     list.push_back({"avx2", cpu.avx2, kernels_avx2});
+#elif defined(NATIVE_ARM64)
+    list.push_back({"neon", true, kernels_neon});
 #endif
     list.push_back({"generic", true, kernels_generic});
     return list;

@@ -26,6 +26,9 @@ const Kernels* kernels_generic();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define NATIVE_ARM64 1
+const Kernels* kernels_neon();
 #endif
 
 }  // namespace native
