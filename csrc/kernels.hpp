@@ -102,6 +102,9 @@ struct Kernels {
   int64_t (*row_bytes)(Storage storage, int64_t k);
   void (*prepare)(Storage storage, const float* x, int64_t k, uint8_t* row, float* scale);
 
+  // A group of kGroup weights as four lanes of eight nibbles, and their bf16 scale. The same on every instruction set.
+  uint16_t (*quantise_group)(const float* x, uint32_t* words);
+
   // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats.
   void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,
                  float* scratch);

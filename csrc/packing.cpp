@@ -37,7 +37,8 @@ void read_row(const Tensor& tensor, int64_t row, float* out) {
   }
 }
 
-Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels) : panel_(kernels.panel) {
+Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
+    : panel_(kernels.panel), quantise_group_(kernels.quantise_group) {
   std::memcpy(order_, kernels.s8_order, sizeof order_);
   view_.storage = storage;
   view_.n = n;
@@ -98,12 +99,6 @@ void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row) {
 // To the nearest integer, ties to even: the addition leaves no bits for a fraction. |value| < 2^22.
 static float nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }
 
-// The nearest of -8..7.
-static float nibble(float value) {
-  const float rounded = nearest(value);
-  return rounded < -8.0f ? -8.0f : rounded > 7.0f ? 7.0f : rounded;
-}
-
 // Symmetric: the largest magnitude is 127. NaN and infinity go into the scale, so that they are not lost.
 void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
   float largest = 0.0f, check = 0.0f;
@@ -127,71 +122,15 @@ void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
   reinterpret_cast<int32_t*>(sums_.data())[output] = sum;
 }
 
-// The squared error of a group of 32 rounded to nibbles times `scale`, whose inverse is given. Eight sums side by side,
-// so that any compiler makes vectors of them.
-static float nibble_error(const float* x, float scale, float inverse) {
-  float sums[8] = {};
-  for (int64_t i = 0; i < kGroup; i += 8) {
-    for (int64_t j = 0; j < 8; ++j) {
-      const float difference = nibble(x[i + j] * inverse) * scale - x[i + j];
-      sums[j] += difference * difference;
-    }
-  }
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
-
-// The value of largest magnitude of a group of 32, the positive one of two; NaN or infinity are in `check`.
-static float group_extreme(const float* x, float* check) {
-  float most[8] = {}, least[8] = {}, checks[8] = {};
-  for (int64_t i = 0; i < kGroup; i += 8) {
-    for (int64_t j = 0; j < 8; ++j) {
-      most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
-      least[j] = x[i + j] < least[j] ? x[i + j] : least[j];
-      checks[j] += x[i + j] * 0.0f;
-    }
-  }
-  float high = 0.0f, low = 0.0f;
-  *check = 0.0f;
-  for (int j = 0; j < 8; ++j) {
-    high = most[j] > high ? most[j] : high;
-    low = least[j] < low ? least[j] : low;
-    *check += checks[j];
-  }
-  return high >= -low ? high : low;
-}
-
-// Groups of 32 as nibbles 0..15 for -8..7 times a bf16 scale: the best, in squared error, of those that give the value
-// of largest magnitude one of the places at either end.
 void Packed::quantise_s4(int64_t output, const float* row) {
-  constexpr float kEnds[] = {-8.0f, -7.5f, -7.0f, 7.0f};
   const int64_t step_bytes = panel_ * 18, lane = output % panel_;
   uint8_t* step = data_.data() + output / panel_ * view_.panel_bytes;
   for (int64_t k = 0; k < view_.k; k += kGroup, step += step_bytes) {  // row is zero up to a whole group
-    const float* x = row + k;
-    float check;
-    const float extreme = group_extreme(x, &check);
-    float best_scale = 0.0f, best_error = INFINITY;
-    for (const float end : kEnds) {
-      const float scale = bf16_to_float(float_to_bf16(extreme / end));
-      const float error = nibble_error(x, scale, std::fabs(scale) > 1e-37f ? 1.0f / scale : 0.0f);
-      if (error < best_error) {
-        best_error = error;
-        best_scale = scale;
-      }
-    }
-    const bool usable = check == 0.0f && std::fabs(best_scale) > 1e-37f;
-    const float inverse = usable ? 1.0f / best_scale : 0.0f;
-    const uint16_t stored = float_to_bf16(best_scale + check);  // NaN and infinity are kept in the scale
-    std::memcpy(step + lane * 2, &stored, 2);
-    int32_t values[kGroup];
-    for (int64_t i = 0; i < kGroup; ++i) values[i] = usable ? static_cast<int32_t>(nibble(x[i] * inverse)) + 8 : 8;
-    for (int64_t j = 0; j < kGroup / 8; ++j) {  // values 0..3 in the low halves, 4..7 in the high ones
-      const int32_t* v = values + 8 * j;
-      const auto half = [](const int32_t* q) {
-        return static_cast<uint32_t>(q[0] | q[1] << 8 | q[2] << 16) | static_cast<uint32_t>(q[3]) << 24;
-      };
-      const uint32_t both = half(v) | half(v + 4) << 4;
-      std::memcpy(step + panel_ * 2 + (j * panel_ + lane) * 4, &both, sizeof both);
+    uint32_t words[kGroup / 8];
+    const uint16_t scale = quantise_group_(row + k, words);
+    std::memcpy(step + lane * 2, &scale, sizeof scale);
+    for (int64_t j = 0; j < kGroup / 8; ++j) {
+      std::memcpy(step + panel_ * 2 + (j * panel_ + lane) * 4, words + j, sizeof words[j]);
     }
   }
 }

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
+#include "bf16.hpp"
 #include "buffer.hpp"
 #include "kernels.hpp"
 #include "pool.hpp"
@@ -19,20 +19,6 @@ struct Tensor {
   int64_t rows, columns;
   int64_t row_stride, column_stride;
 };
-
-inline float bf16_to_float(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // Columns of row `row` as floats, to out[columns].
 void read_row(const Tensor& tensor, int64_t row, float* out);
@@ -59,6 +45,7 @@ class Packed {
 
   Matrix view_{};
   int64_t panel_ = 0;
+  uint16_t (*quantise_group_)(const float* x, uint32_t* words) = nullptr;
   int order_[4] = {0, 1, 2, 3};
   Buffer data_, bias_, scale_, sums_;
 };
