@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def first_failure(test_file: str, root: Path) -> str:
-    """The name of the first test of the file that fails, or "".
+    """The name of the first test of the file that fails, or that a signal ends (a wild address), or "".
 
     Raises:
         RuntimeError: the tests did not run.
@@ -38,6 +38,9 @@ def first_failure(test_file: str, root: Path) -> str:
         failed = re.search(r"^FAILED [^:]*::([^\s\[]*)", done.stdout, re.MULTILINE)
         if done.returncode == 1 and failed is not None:
             return failed[1]
+        crashed = re.search(rf"{re.escape(Path(test_file).name)}\", line \d+ in (test_\w+)", done.stderr)
+        if done.returncode < 0 and crashed is not None:
+            return crashed[1]
         if done.returncode not in (0, 5):  # 5: there are no such tests
             raise RuntimeError(f"{test_file} did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return ""

@@ -55,7 +55,12 @@ def repository(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "verdict"),
-    [("a + b", "a + b + 1", "test_sum"), ("a + b", "a", "test_sums"), ("a * b", "a", "")],
+    [
+        ("a + b", "a + b + 1", "test_sum"),
+        ("a + b", "a", "test_sums"),
+        ("a + b", "__import__('os').kill(__import__('os').getpid(), 11)", "test_sum"),
+        ("a * b", "a", ""),
+    ],
 )
 def test_verdicts(repository: Path, old: str, new: str, verdict: str) -> None:
     mutant, before = Mutant("toy", old, new, "toy"), (repository / "kernels/toy.py").read_text()
