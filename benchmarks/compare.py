@@ -84,6 +84,23 @@ def start_engines(args: argparse.Namespace, stack: ExitStack) -> tuple[list[Runn
     return ready, skipped
 
 
+def able_to_generate(runners: list[Runner], vocab_size: int, skipped: list[str]) -> list[Runner]:
+    """Those that answer a first prompt; ``skipped`` gets a line for each peer that does not."""
+    prompt, tokens = random_prompts(vocab_size, 1, 16, 1), 8
+    able, answers = [], {}
+    for runner in runners:
+        try:
+            answers[runner.name] = runner.engine.generate(prompt, tokens).token_ids[0]
+        except EngineError as error:
+            if runner.peer == OURS:
+                raise
+            skipped.append(f"{runner.name}: {error}")
+            continue
+        able.append(runner)
+    check_agreement(answers, vocab_size, tokens)
+    return able
+
+
 def check_agreement(answers: dict[str, list[int]], vocab_size: int, tokens: int) -> None:
     """Refuse engines that compute different things.
 
@@ -195,12 +212,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     cases.append(Case(f"prefill {longest}", 1, longest, 1))
     with ExitStack() as stack:
         runners, skipped = start_engines(args, stack)
+        runners = able_to_generate(runners, config.vocab_size, skipped)
         for line in skipped:
             print("skipped", line)
-        prompt = random_prompts(config.vocab_size, 1, 16, 1)
-        check_agreement(
-            {runner.name: runner.engine.generate(prompt, 8).token_ids[0] for runner in runners}, config.vocab_size, 8
-        )
         rows = []
         for case in cases:
             for row in run_case(args, runners, case):

@@ -2,8 +2,9 @@
 
 One environment holds the peers that live together, the extra ``peers`` of setup.py; vLLM wants other versions of the
 same packages and has its own. PyTorch is installed first and by itself, so that pip keeps the build that it finds (set
-PIP_INDEX_URL or PIP_FIND_LINKS to one for CPUs where the default would bring CUDA along). torchvision, which
-optimum-intel pulls in and nothing here needs, is removed: it does not load beside a PyTorch of another build.
+PIP_INDEX_URL or PIP_FIND_LINKS to one for CPUs where the default would bring CUDA along). torchvision, torchaudio and
+torchcodec, which the engines pull in and nothing here needs, are removed: they do not load beside a PyTorch of another
+build.
 llama-cpp-python is compiled, which takes minutes.
 """
 
@@ -31,7 +32,7 @@ def make(folder: Path, requirements: list[str]) -> None:
     pip = [str(folder / "bin" / "python"), "-m", "pip"]
     subprocess.run([*pip, "install", TORCH], check=True)
     subprocess.run([*pip, "install", *requirements, TORCH, VISION], check=True)
-    subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True)
+    subprocess.run([*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,24 @@ def test_engines_that_disagree_are_not_timed() -> None:
         compare.check_agreement({**same, "c bfloat16": [3, 5]}, 5, 2)
     with pytest.raises(SystemExit, match="c bfloat16 was asked for 2 tokens"):
         compare.check_agreement({**same, "c bfloat16": [3]}, 5, 2)
+
+
+def test_a_peer_that_cannot_generate_is_skipped_and_ours_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(prompts: Any, tokens: int) -> engines.Generated:
+        raise engines.EngineError("no head of 16")
+
+    def answers(prompts: Any, tokens: int) -> engines.Generated:
+        return engines.Generated([[1] * tokens], 0.1, 0.2)
+
+    def runner(peer: str, generate: Any) -> Any:
+        return compare.Runner(peer, "int8", SimpleNamespace(generate=generate), {}, {})  # type: ignore[arg-type]
+
+    skipped: list[str] = []
+    able = compare.able_to_generate([runner("ours", answers), runner("vllm", fails)], 307, skipped)
+    assert [one.peer for one in able] == ["ours"]
+    assert skipped == ["vllm int8: no head of 16"]
+    with pytest.raises(engines.EngineError):
+        compare.able_to_generate([runner("ours", fails)], 307, skipped)
 
 
 def test_the_floor() -> None:

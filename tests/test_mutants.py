@@ -25,6 +25,13 @@ def test_every_operator_has_mutants() -> None:
     assert all(files.count(path.stem) >= 3 for path in OPERATORS)
 
 
+def test_the_committed_table_has_every_mutant_and_each_was_killed() -> None:
+    text = (ROOT / "kernels/MUTANTS.md").read_text()
+    missing = [m.what for m in MUTANTS if f"| `{m.path}` | {m.what} | `test_" not in text]
+    assert missing == [], "run `make mutate`"
+    assert f"{len(MUTANTS)} of {len(MUTANTS)} killed." in text
+
+
 @pytest.mark.parametrize("options", [["--only", "no such text"], ["--only", "embedding", "--output", "table.md"]])
 def test_options_that_would_judge_nothing_or_lose_the_table_are_refused(
     options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
