@@ -155,7 +155,7 @@ def test_engines_that_disagree_are_not_timed() -> None:
         compare.check_agreement({**same, "c bfloat16": [3]}, 5, 2)
 
 
-def test_a_peer_that_cannot_generate_is_skipped_and_ours_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_cannot_generate_is_skipped_and_ours_is_not() -> None:
     def fails(prompts: Any, tokens: int) -> engines.Generated:
         raise engines.EngineError("no head of 16")
 
