@@ -66,7 +66,7 @@ def check(events: list[Any], trace: harness.Trace, weights: Weights | None, prog
 
 
 @pytest.mark.parametrize("kind", ["float", "int8", "int4"])
-@pytest.mark.parametrize(("rows", "n", "k"), [(3, 130, 200), (70, 64, 320)])
+@pytest.mark.parametrize(("rows", "n", "k"), [(3, 130, 200), (3, 64, 1024), (70, 64, 320)])
 def test_linear(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, n: int, k: int) -> None:
     """Few rows, with K splits; many, whose programs walk all splits; the last output block is not full."""
     monkeypatch.setattr(tiles, "TARGET_PROGRAMS", 6)

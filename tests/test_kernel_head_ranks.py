@@ -33,8 +33,8 @@ def test_in_every_order() -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 64, 65, 130, 200])
 def test_any_rank(rank: int) -> None:
-    """The token of each rank, the only one allowed; the logits fall with the id, or rise."""
-    for logits in (torch.arange(200.0, 0, -1)[None], torch.arange(1.0, 201)[None]):
+    """The token of each rank, the only one allowed; the logits fall with the id, or rise, or are below zero."""
+    for logits in (torch.arange(200.0, 0, -1)[None], torch.arange(1.0, 201)[None], -torch.arange(1.0, 201)[None]):
         token = int(logits[0].argsort(descending=True)[rank - 1])
         rows = [Row(temperature=0, allowed=(token,))]
         drawn = drawn_from(logits / 16, rows, 1)

@@ -50,6 +50,16 @@ def test_bf16_dot_and_store_are_the_rounded_exact_product() -> None:
     assert torch.equal(matmul(a, b, torch.bfloat16), exact)
 
 
+def test_sums_are_rounded_to_float32_after_every_sixteen_products() -> None:
+    """As the tensor cores add, nearly: not once at the end, which would be more exact than any GPU."""
+    a, b = operands(torch.bfloat16)
+    total = torch.zeros(16, 32)
+    for k in range(0, 64, 16):
+        total = (total.double() + a[:, k : k + 16].double() @ b[k : k + 16].double()).float()
+    assert harness.same_bits(matmul(a, b, torch.float32), total)
+    assert not harness.same_bits((a.double() @ b.double()).float(), total)
+
+
 def test_plain_triton_is_wrong_in_bf16(plain_triton: None) -> None:
     """The day this fails, Triton is mended and the correction can go."""
     a, b = operands(torch.bfloat16)
