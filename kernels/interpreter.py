@@ -8,7 +8,9 @@ to bfloat16 truncates, and every ``tl.dot`` is one ``numpy.matmul``, whose bits 
   accumulator and rounds it to float32, as ``mma.m16n8k16`` does in effect. Bits no longer depend on the tile's shape.
 - casts from bfloat16 shift the bits up; casts to it, from integers too, round to nearest even.
 
-Triton 3.6 turns an array of one element into a loop's bound in a way that NumPy 2.4 refuses; that is mended too.
+Triton 3.9 leaves integers in a mask that a number given at run time is part of, and then refuses it: masks are made
+boolean. Triton 3.6 turns an array of one element into a loop's bound in a way that NumPy 2.4 refuses; that is mended
+too.
 
 It also stops a nested jit function from patching ``triton.language`` again at each call, which is most of the time
 that small programs take.
@@ -57,6 +59,8 @@ def install() -> None:
     _replace(InterpreterBuilder, "create_fp_ext", _corrected_cast)
     _replace(InterpreterBuilder, "create_fp_trunc", _corrected_cast)
     _replace(InterpreterBuilder, "create_fp_to_fp", _corrected_cast)
+    _replace(InterpreterBuilder, "create_masked_load", _boolean_mask(1))
+    _replace(InterpreterBuilder, "create_masked_store", _boolean_mask(2))
     _replace(InterpretedFunction, "__call__", _patching_once)
     _replace(interpreter, "_patch_lang_tensor", _with_index)
 
@@ -122,6 +126,24 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
         product = left[..., :, k : k + GROUP] @ right[..., k : k + GROUP, :]
         total = (total.astype(np.float64) + product).astype(np.float32)
     return TensorHandle(total, d.dtype.scalar)
+
+
+def _boolean_mask(place: int) -> Callable[[Any], Any]:
+    """What makes the mask, the argument at this place, boolean before a load or store."""
+
+    def make(original: Any) -> Any:
+        import triton.language as tl
+        from triton.runtime.interpreter import TensorHandle
+
+        def call(builder: Any, *args: Any) -> Any:
+            mask = args[place]
+            if mask.data.dtype != bool:
+                args = (*args[:place], TensorHandle(mask.data.astype(bool), tl.int1), *args[place + 1 :])
+            return original(builder, *args)
+
+        return call
+
+    return make
 
 
 def _with_index(original: Any) -> Any:
