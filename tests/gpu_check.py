@@ -40,6 +40,10 @@ class Report:
         results: dict[str, Any] = self.content.setdefault(name, {})
         return results
 
+    def forget(self, part: str, only: str) -> None:
+        """Drop a part's results whose case has this text in its name."""
+        self.content[part] = {name: result for name, result in self.part(part).items() if only not in name}
+
     def save(self) -> None:
         """Write the file."""
         self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
@@ -96,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parts = PARTS if args.part == "all" else (args.part,)
     if args.again:
         for part in parts:
-            report.content.pop(part, None)
+            report.forget(part, args.only)
     said = {part: run_part(report, part, machine, args.seconds, args.only) for part in parts}
     for part, text in said.items():
         print(f"{part}: {text}")

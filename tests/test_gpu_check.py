@@ -88,6 +88,9 @@ def test_what_failed_or_is_left_is_run_again(tmp_path: Path, monkeypatch: pytest
     assert run(tmp_path, "conformance")[0] == 0
     assert ran[2:] == ["wrong", "raises"]
     ran.clear()
+    assert list(run(tmp_path, "conformance", "--again", "--only", "last")[1]["conformance"]) == names
+    assert ran == ["last"]
+    ran.clear()
     assert run(tmp_path, "conformance", "--again", "--seconds", "-1")[0] == 2
     assert ran == []
 
