@@ -71,6 +71,8 @@ def test_command_line() -> None:
     [
         (["--model", "x.pth"], "--plan and --model exclude each other"),
         (["--dtype", "float64"], "--plan has no dtype 'float64'"),
+        (["--plot", "x.png"], "--plan measures nothing and has no use for --plot; it reads --batch, --dtype"),
+        (["--quick", "--threads", "2"], "no use for --quick, --threads"),
         (["--prompt-len", "2000"], "do not fit a context of 1024"),
     ],
 )

@@ -44,6 +44,7 @@ EXAMPLES = """examples:
   python -m engine.bench --plan h100 --preset gpt2-xl --dtype int8   an estimate for a card that is not here
 """
 SAMPLE_PROMPT = "It is a truth universally acknowledged, that"
+PLANNED = {"plan", "preset", "batch", "prompt_len", "gen_len", "dtype", "json"}  # the options that --plan reads
 
 
 def parser() -> argparse.ArgumentParser:
@@ -131,6 +132,13 @@ def _plan(args: argparse.Namespace) -> None:
     """Print the estimate for a card; the context of a decode step is that in the middle of generating."""
     if args.model:
         raise ValueError("--plan and --model exclude each other; --preset chooses a GPT-2 size")
+    unset = vars(parser().parse_args([]))
+    unused = sorted(name for name, value in vars(args).items() if name not in PLANNED and value != unset[name])
+    if unused:
+        given, read = (
+            ", ".join("--" + name.replace("_", "-") for name in names) for names in (unused, sorted(PLANNED))
+        )
+        raise ValueError(f"--plan measures nothing and has no use for {given}; it reads {read}")
     name = args.preset or "gpt2"
     config, context = preset_config(name), args.prompt_len + args.gen_len // 2
     if not 1 <= context <= config.context_length:
