@@ -235,19 +235,25 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Parse the command line, compare, print."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that this script and ``footprint.py`` share."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--preset", choices=PRESETS, default="gpt2")
     made.add_argument("--threads", type=int, default=usable_cpus())
     made.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    made.add_argument("--seqs", nargs="+", type=int, default=[1, 8, 32], help="sequences decoded together, 32 at most")
-    made.add_argument("--tokens", type=int, default=24, help="tokens of a decode")
     made.add_argument("--repeats", type=int, default=5)
-    made.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="none after it: ours alone")
     made.add_argument("--folder", type=Path, default=ROOT / ".peers", help="environments, converted models and logs")
     made.add_argument("--megabytes", type=int, default=512, help="memory that the read rate is measured on")
     made.add_argument("--json", type=Path, help="a file for the result")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Parse the command line, compare, print."""
+    made = option_parser(__doc__)
+    made.add_argument("--seqs", nargs="+", type=int, default=[1, 8, 32], help="sequences decoded together, 32 at most")
+    made.add_argument("--tokens", type=int, default=24, help="tokens of a decode")
+    made.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="none after it: ours alone")
     args = made.parse_args(arguments)
     if args.tokens < 2 or args.repeats < 1 or not all(1 <= n <= 32 for n in args.seqs):
         made.error("--tokens must be at least 2, --repeats at least 1, --seqs from 1 to 32")

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import PRESETS, shared_checkpoint
-from benchmarks.compare import PAUSE, measure_limits, random_prompts
-from benchmarks.engines import OURS, PRECISIONS, ROOT, Engine, running
+from benchmarks.compare import PAUSE, measure_limits, option_parser, random_prompts
+from benchmarks.engines import OURS, Engine, running
 from engine.bench.measure import ITEM_BYTES
-from engine.machine import processor_name, usable_cpus
+from engine.machine import processor_name
 
 PROMPT, TOKENS = 64, 24
 
@@ -122,15 +122,8 @@ def long_context(args: argparse.Namespace, dtype: str) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Parse the command line, measure, print."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--preset", choices=PRESETS, default="gpt2")
-    made.add_argument("--threads", type=int, default=usable_cpus())
-    made.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    made = option_parser(__doc__)
     made.add_argument("--seqs", type=int, default=32, help="sequences that the KV cache has room for")
-    made.add_argument("--repeats", type=int, default=5)
-    made.add_argument("--folder", type=Path, default=ROOT / ".peers", help="where the shared model is")
-    made.add_argument("--megabytes", type=int, default=512, help="memory that the read rate is measured on")
-    made.add_argument("--json", type=Path, help="a file for the result")
     args = made.parse_args(arguments)
     args.folder.mkdir(parents=True, exist_ok=True)
     rows = []
