@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "bf16.hpp"
+#include "rounding.hpp"
 #include "kernels.hpp"
 
 #if defined(_MSC_VER)

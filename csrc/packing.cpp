@@ -96,9 +96,6 @@ void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row) {
   }
 }
 
-// To the nearest integer, ties to even: the addition leaves no bits for a fraction. |value| < 2^22.
-static float nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }
-
 // Symmetric: the largest magnitude is 127. NaN and infinity go into the scale, so that they are not lost.
 void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
   float largest = 0.0f, check = 0.0f;
@@ -114,7 +111,8 @@ void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
     for (int i = 0; i < 4; ++i) {
       const float quotient = check == 0.0f ? row[k + i] * inverse : 0.0f;
       // 127.00001 can come of the rounding of 1 / (largest / 127).
-      const int value = static_cast<int>(nearest(quotient > 127.0f ? 127.0f : quotient < -127.0f ? -127.0f : quotient));
+      const float within = quotient > 127.0f ? 127.0f : quotient < -127.0f ? -127.0f : quotient;
+      const int value = static_cast<int>(nearest_whole(within));
       lane[k / 4 * panel_ * 4 + order_[i]] = static_cast<uint8_t>(static_cast<int8_t>(value));
       sum += value;
     }

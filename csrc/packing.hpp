@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "bf16.hpp"
+#include "rounding.hpp"
 #include "buffer.hpp"
 #include "kernels.hpp"
 #include "pool.hpp"

@@ -1,4 +1,4 @@
-// Conversions between float32 and bf16.
+// Conversions between float32 and bf16, and to whole numbers.
 #pragma once
 
 #include <cstdint>
@@ -19,5 +19,8 @@ inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+// To the nearest integer, ties to even: the addition leaves no bits for a fraction. |value| < 2^22.
+inline float nearest_whole(float value) { return (value + 12582912.0f) - 12582912.0f; }
 
 }  // namespace native
