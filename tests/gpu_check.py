@@ -89,15 +89,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run cases that have passed already")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
     parser.add_argument("--seconds", type=float, default=420, help="after which a part begins no other case")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes that compile before the first part; 0 for none"
+    )
     parser.add_argument("--output", type=Path, default=Path("gpu_check.json"))
     args = parser.parse_args(arguments)
     if args.backend == "triton-interpret":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     from gpu.machine import Machine
+    from gpu.precompile import precompile
 
     machine = Machine(args.backend, args.tiny)
     report = Report(args.output, machine.versions())
     parts = PARTS if args.part == "all" else (args.part,)
+    if machine.target is not None and args.workers:
+        print(f"compiled {precompile(machine.target, parts, args.workers)}", flush=True)
     if args.again:
         for part in parts:
             report.forget(part, args.only)

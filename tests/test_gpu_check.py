@@ -1,6 +1,8 @@
 """``gpu_check.py`` takes every path here, interpreted, at a tiny size; what failed or is left is run again, no more."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,3 +110,17 @@ def test_arguments_of_a_benchmark() -> None:
     def benchmark(a: int, b: str) -> None: ...
 
     assert parameters(benchmark) == [{"b": "x", "a": 1}, {"b": "x", "a": 2}]
+
+
+@pytest.mark.versions
+def test_workers_share_what_is_compiled_beforehand(tmp_path: Path) -> None:
+    """One worker of very many: it compiles its few of a backend's specialisations, into Triton's cache."""
+    script = Path(__file__).parent / "gpu" / "precompile.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, str(script), "sm_90", "invariance", "--of", "100", "--share", "7"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled = int(done.stdout)
+    assert 0 < compiled < 20
+    assert len(list(tmp_path.glob("*/*.cubin"))) == compiled

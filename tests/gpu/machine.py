@@ -34,6 +34,10 @@ class Machine:
     def __init__(self, backend: str, tiny: bool) -> None:
         self.adapter: Any = registry.BACKENDS[backend]()
         self.device = self.adapter.devices[0]
+        if not self.on_gpu:
+            from kernels import interpreter
+
+            interpreter.install()
         self.tiny = tiny
         self._kept: dict[Any, Any] = {}
 
@@ -46,6 +50,16 @@ class Machine:
     def has_dependent_launch(self) -> bool:
         """Whether the device can start a kernel while the one before it ends."""
         return self.on_gpu and bool(self.adapter._has_dependent_launch(torch.device(self.device)))
+
+    @property
+    def target(self) -> str | None:
+        """What ``kernels/offline.py`` calls this GPU; None where it does not know it or nothing is compiled."""
+        from kernels.offline import TARGETS
+
+        if not self.on_gpu or torch.version.hip is not None:
+            return None
+        major, minor = torch.cuda.get_device_capability()
+        return f"sm_{major}{minor}" if f"sm_{major}{minor}" in TARGETS else None
 
     def driver(
         self, model: ModelConfig, dtype: str, blocks: int, adapter: type[Backend] | None = None, **options: Any
