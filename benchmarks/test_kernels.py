@@ -66,10 +66,8 @@ class Bench:
     def weights(self, n: int, k: int, kind: str = "float") -> Weights:
         return pack(self.floats(n, k) / k**0.5, DTYPE, kind)
 
-    def norm(self, x: torch.Tensor) -> linear_kernel.Norm:
-        width = x.shape[1]
-        rstd = (x.var(dim=1, correction=0) + EPS).rsqrt()
-        return linear_kernel.Norm(self.floats(width, dtype=DTYPE), self.floats(width, dtype=DTYPE), x.mean(dim=1), rstd)
+    def norm(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.floats(width, dtype=DTYPE), self.floats(width, dtype=DTYPE)
 
     def options(self) -> sampling_kernel.Options:
         fill = lambda v, dtype=torch.float32: torch.full((self.rows,), v, dtype=dtype, device=self.machine.device)  # noqa: E731
@@ -124,13 +122,14 @@ def test_embedding(bench: Bench) -> None:
 
     def make() -> Work:
         ids, positions = bench.integers(shape.vocab_size, rows), bench.integers(shape.context_length, rows)
-        x, mean, rstd = bench.floats(rows, shape.width), bench.floats(rows), bench.floats(rows)
+        x, normed = bench.floats(rows, shape.width), bench.floats(rows, shape.width, dtype=DTYPE)
+        norm = bench.norm(shape.width)
         cost = embedding_kernel.cost(rows, shape.width, DTYPE.itemsize, len(ids.unique()), len(positions.unique()))
         none = bench.zeros(rows) - 1
         return Work(
-            lambda: embedding_kernel.embedding(ids, none, none, positions, tok, pos, x, mean, rstd, EPS),
+            lambda: embedding_kernel.embedding(ids, none, none, positions, tok, pos, x, *norm, normed, EPS),
             cost,
-            [x, mean, rstd],
+            [x, normed],
         )
 
     bench.measure(make)
@@ -142,7 +141,7 @@ def test_layer_norm(bench: Bench) -> None:
 
     def make() -> Work:
         x, y = bench.floats(rows, width, dtype=DTYPE), bench.floats(rows, width, dtype=DTYPE)
-        weight, bias = bench.floats(width, dtype=DTYPE), bench.floats(width, dtype=DTYPE)
+        weight, bias = bench.norm(width)
         cost = layer_norm_kernel.cost(rows, width, DTYPE.itemsize, False)
         return Work(lambda: layer_norm_kernel.layer_norm(x, weight, bias, y, EPS), cost, [y])
 
@@ -159,28 +158,29 @@ def test_linear(bench: Bench, layer: str, kind: str) -> None:
 
     def make() -> Work:
         device = bench.machine.device
-        partials, tile_counters, row_counters = linear_kernel.Workspace.needed(rows, n, k, DTYPE.itemsize)
+        partials, tile_counters, row_counters = linear_kernel.Workspace.needed(
+            rows, n, k, DTYPE.itemsize, epilogue == "residual"
+        )
         space = linear_kernel.Workspace(
             torch.empty(partials, device=device), bench.zeros(tile_counters), bench.zeros(row_counters)
         )
         weights, bias = bench.weights(n, k, kind), bench.floats(n, dtype=DTYPE)
-        normed = layer in ("qkv", "fc")
-        x = bench.floats(rows, k, dtype=torch.float32 if normed else DTYPE)
+        x = bench.floats(rows, k, dtype=DTYPE)
         y = bench.floats(rows, d if layer == "qkv" else n, dtype=torch.float32 if epilogue == "residual" else DTYPE)
-        options: dict[str, Any] = {"norm": bench.norm(x)} if normed else {}
+        options: dict[str, Any] = {}
         outputs = [y]
         if epilogue == "residual":
-            mean, rstd = bench.floats(rows), bench.floats(rows)
-            options["residual"] = linear_kernel.Residual(bench.floats(rows, n), mean, rstd, EPS)
-            outputs += [mean, rstd]
+            normed = bench.floats(rows, n, dtype=DTYPE)
+            options["residual"] = linear_kernel.Residual(bench.floats(rows, n), *bench.norm(n), normed, EPS)
+            outputs.append(normed)
         elif epilogue == "qkv":
             cache = bench.floats(2, tiles.cdiv(rows, BLOCK), bench.shape.heads, BLOCK, d // bench.shape.heads).to(DTYPE)
             options["cache"] = linear_kernel.KVCache(cache[0], cache[1], torch.arange(rows, device=device))
         else:
             options["activation"] = "gelu_tanh"
         return Work(
-            lambda: linear_kernel.linear(x, weights, bias, y, space, dtype=DTYPE, **options),
-            linear_kernel.cost(rows, weights, DTYPE, DTYPE.itemsize, normed, epilogue, DTYPE.itemsize),
+            lambda: linear_kernel.linear(x, weights, bias, y, space, **options),
+            linear_kernel.cost(rows, weights, DTYPE.itemsize, epilogue),
             outputs,
         )
 
@@ -225,11 +225,11 @@ def test_logits(bench: Bench, kind: str) -> None:
     shape, rows = bench.shape, bench.rows
 
     def make() -> Work:
-        x, y = bench.floats(rows, shape.width), bench.floats(rows, shape.vocab_size)
-        weights, norm = bench.weights(shape.vocab_size, shape.width, kind), bench.norm(x)
+        x, y = bench.floats(rows, shape.width, dtype=DTYPE), bench.floats(rows, shape.vocab_size)
+        weights = bench.weights(shape.vocab_size, shape.width, kind)
         ids = torch.arange(rows, dtype=torch.int32, device=bench.machine.device)
         cost = logits_kernel.cost(rows, weights, DTYPE.itemsize)
-        return Work(lambda: logits_kernel.logits(x, weights, norm, ids, y, DTYPE), cost, [y])
+        return Work(lambda: logits_kernel.logits(x, weights, ids, y), cost, [y])
 
     bench.measure(make)
 
@@ -251,19 +251,19 @@ class Drawing:
 
     def __init__(self, bench: Bench, kind: str, top: int) -> None:
         shape, rows = bench.shape, bench.rows
-        self.x, self.drawn, self.options = bench.floats(rows, shape.width), bench.drawn(top), bench.options()
-        self.weights, self.norm = bench.weights(shape.vocab_size, shape.width, kind), bench.norm(self.x)
+        self.x, self.drawn = bench.floats(rows, shape.width, dtype=DTYPE), bench.drawn(top)
+        self.options, self.weights = bench.options(), bench.weights(shape.vocab_size, shape.width, kind)
         self.ids = torch.arange(rows, dtype=torch.int32, device=bench.machine.device)
         floats, ids, counters = head_sample_kernel.HeadScratch.needed(rows, shape.vocab_size, top)
         self.scratch = head_sample_kernel.HeadScratch(bench.floats(floats), bench.zeros(ids), bench.zeros(counters))
 
     def sample(self, ranks_follow: bool = False) -> None:
-        operands = (self.x, self.weights, self.norm, self.ids, self.options, self.drawn, self.scratch)
-        head_sample_kernel.head_sample(*operands, DTYPE, ranks_follow)
+        head_sample_kernel.head_sample(
+            self.x, self.weights, self.ids, self.options, self.drawn, self.scratch, ranks_follow
+        )
 
     def rank(self) -> None:
-        operands = (self.x, self.weights, self.norm, self.ids, self.drawn, self.scratch)
-        head_ranks_kernel.head_ranks(*operands, DTYPE)
+        head_ranks_kernel.head_ranks(self.x, self.weights, self.ids, self.drawn, self.scratch)
 
     def tiles_above(self) -> int:
         """Vocabulary tiles with a logit above a drawn one, after ``sample``."""

@@ -98,7 +98,7 @@ class LLM:
 
     def _make_backend(self, checkpoint: Checkpoint, memory_fraction: float) -> Backend:
         config = self.engine_config
-        choice = choose(config.backend, config.dtype, config.device)
+        choice = choose(config.backend, config.dtype, config.device, checkpoint.config)
         for line in (checkpoint.source, *checkpoint.notes):
             self._log.info(line)
         self._log.info("backend %s, %s on %s (%s)", choice.backend.name, choice.dtype, choice.device, choice.reason)

@@ -122,7 +122,8 @@ class Accelerator:
         weights = canonical_weights(recognised)
         head = weights["head"]
         self._dtype, self._device = head.dtype, head.device
-        choice = choose(self._backend_name, str(self._dtype).removeprefix("torch."), str(self._device))
+        dtype, device = str(self._dtype).removeprefix("torch."), str(self._device)
+        choice = choose(self._backend_name, dtype, device, self._model)
         self._backend: Backend = choice.backend(
             self._model,
             weights,

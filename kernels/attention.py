@@ -215,6 +215,14 @@ def query_tiles(
     return np.stack([sequence, first, positions[first] if len(first) else first, count], axis=1).astype(np.int32)
 
 
+def query_tiles_of_decode(positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """``query_tiles`` of a batch whose sequences have one row each, at ``positions`` [S]."""
+    listed = np.ones((len(positions), 4), np.int32)
+    listed[:, 0] = listed[:, 1] = np.arange(len(positions), dtype=np.int32)
+    listed[:, 2] = positions
+    return listed
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

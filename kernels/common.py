@@ -1,4 +1,4 @@
-"""Jit functions that several operators share: sums in a fixed order, row statistics, activations, "the last to arrive".
+"""Jit functions that several operators share: sums in a fixed order, LayerNorm, activations, "the last to arrive".
 
 A float ``tl.sum`` adds in an order that follows from the layout the compiler picks. Here every sum is either an
 explicit tree (``tree_sum``) or elementwise, so that it is the same for any tile, number of warps and GPU.
@@ -19,38 +19,77 @@ def tree_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(
-    x_ptr,  # [T, WIDTH] float32
+def normalise_rows(
+    x_ptr,  # [T, WIDTH]
     rows,  # [ROWS] int64
     row_mask,  # [ROWS]
-    stride,
+    weight_ptr,  # [WIDTH]
+    bias_ptr,  # [WIDTH]
+    y_ptr,  # [T, WIDTH]
+    x_stride,
+    y_stride,
     eps,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mean and 1/sqrt(variance + eps) of each row, in two passes: (mean [ROWS], rstd [ROWS])."""
+    """LayerNorm of ROWS rows, in three passes over them: the mean, then the variance, then y in y's type."""
     columns = tl.arange(0, CHUNK)
-    pointers = x_ptr + rows[:, None] * stride + columns[None, :]
+    pointers = x_ptr + rows[:, None] * x_stride + columns[None, :]
     total = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in tl.static_range(0, WIDTH, CHUNK):
         mask = row_mask[:, None] & (start + columns < WIDTH)[None, :]
-        total += tl.load(pointers + start, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        total += tl.load(pointers + start, mask=mask, other=0.0).to(tl.float32)
     mean = tree_sum(total, ROWS, CHUNK) / WIDTH
     total = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in tl.static_range(0, WIDTH, CHUNK):
         mask = row_mask[:, None] & (start + columns < WIDTH)[None, :]
-        x = tl.load(pointers + start, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        x = tl.load(pointers + start, mask=mask, other=0.0).to(tl.float32)
         centred = tl.where(mask, x - mean[:, None], 0.0)
         total += centred * centred
     variance = tree_sum(total, ROWS, CHUNK) / WIDTH
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    apply_norm(
+        x_ptr, rows, row_mask, mean, variance, weight_ptr, bias_ptr, y_ptr, x_stride, y_stride, eps, WIDTH, CHUNK
+    )
 
 
 @triton.jit
-def normalise(x, mean, rstd, weight, bias):
-    """LayerNorm of float32 values whose row statistics are known; the arguments broadcast."""
-    return (x - mean) * rstd * weight + bias
+def apply_norm(
+    x_ptr,  # [T, WIDTH]
+    rows,  # [ROWS] int64
+    row_mask,  # [ROWS]
+    mean,  # [ROWS]
+    variance,  # [ROWS]
+    weight_ptr,  # [WIDTH]
+    bias_ptr,  # [WIDTH]
+    y_ptr,  # [T, WIDTH]
+    x_stride,
+    y_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The last pass of a LayerNorm whose rows' mean and variance are known: y in y's type.
+
+    A chunk is loaded before the one before it is stored: the compiler moves no load over a store.
+    """
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    columns = tl.arange(0, CHUNK)
+    x_ptr += rows[:, None] * x_stride
+    y_ptr += rows[:, None] * y_stride
+    x = tl.load(x_ptr + columns[None, :], mask=row_mask[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0)
+    for start in range(0, WIDTH, CHUNK):  # not unrolled: sm_80 would spill
+        y = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        y = y * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
+        following = start + CHUNK + columns
+        following_mask = following < WIDTH
+        x = tl.load(x_ptr + following[None, :], mask=row_mask[:, None] & following_mask[None, :], other=0.0)
+        weight = tl.load(weight_ptr + following, mask=following_mask, other=0.0)
+        bias = tl.load(bias_ptr + following, mask=following_mask, other=0.0)
+        mask = row_mask[:, None] & (start + columns < WIDTH)[None, :]
+        tl.store(y_ptr + (start + columns)[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,17 +1,17 @@
-"""Token and position embedding: x[t] = tok[id[t]] + pos[position[t]], with the first LayerNorm's row statistics.
+"""Token and position embedding: x[t] = tok[id[t]] + pos[position[t]], and the first LayerNorm of those rows.
 
 The id of row t is ``token_ids[t]``, or, where ``previous_rows[t] >= 0``, ``drawn_ids[previous_rows[t]]``: the token
 that the step before drew, which the host need not know yet.
 
-One program does STAT_ROWS rows: it gathers, adds in float32, writes the residual stream, and computes the rows' mean
-and 1/sigma. Bytes: the rows gathered, the residual written once and read twice again from the cache.
+One program does STAT_ROWS rows: it gathers, adds in float32, writes the residual stream, and normalises the rows.
+Bytes: the rows gathered, the residual written once and read three times again from the cache, the normalised rows.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.common import row_statistics
+from kernels.common import normalise_rows
 from kernels.cost import Cost
 from kernels.dependent import let_next_start, wait_for_previous
 from kernels.tiles import STAT_CHUNK, STAT_ROWS, cdiv, launch_options
@@ -27,12 +27,14 @@ def _embedding_tile(
     tok_ptr,  # [V, WIDTH]
     pos_ptr,  # [C, WIDTH]
     x_ptr,  # [T, WIDTH] float32
-    mean_ptr,  # [T] float32
-    rstd_ptr,  # [T] float32
+    weight_ptr,  # [WIDTH]
+    bias_ptr,  # [WIDTH]
+    normed_ptr,  # [T, WIDTH]
     num_rows,
     tok_stride,
     pos_stride,
     x_stride,
+    normed_stride,
     eps,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -55,54 +57,23 @@ def _embedding_tile(
         pos = tl.load(pos_ptr + positions[:, None] * pos_stride + columns[None, :], mask=mask, other=0.0)
         x = tok.to(tl.float32) + pos.to(tl.float32)
         tl.store(x_ptr + rows[:, None] * x_stride + columns[None, :], x, mask=mask)
-    tl.debug_barrier()  # the statistics read what other threads wrote
-    mean, rstd = row_statistics(x_ptr, rows, row_mask, x_stride, eps, WIDTH, ROWS, CHUNK)
-    tl.store(mean_ptr + rows, mean, mask=row_mask)
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    tl.debug_barrier()  # what follows reads what other threads wrote
+    normalise_rows(
+        x_ptr, rows, row_mask, weight_ptr, bias_ptr, normed_ptr, x_stride, normed_stride, eps, WIDTH, ROWS, CHUNK
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _embedding_kernel(
-    token_ids_ptr,
-    previous_rows_ptr,
-    drawn_ids_ptr,
-    positions_ptr,
-    tok_ptr,
-    pos_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    num_rows,
-    tok_stride,
-    pos_stride,
-    x_stride,
-    eps,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    token_ids_ptr, previous_rows_ptr, drawn_ids_ptr, positions_ptr, tok_ptr, pos_ptr, x_ptr, weight_ptr, bias_ptr,
+    normed_ptr, num_rows, tok_stride, pos_stride, x_stride, normed_stride, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     _embedding_tile(
-        tl.program_id(0),
-        token_ids_ptr,
-        previous_rows_ptr,
-        drawn_ids_ptr,
-        positions_ptr,
-        tok_ptr,
-        pos_ptr,
-        x_ptr,
-        mean_ptr,
-        rstd_ptr,
-        num_rows,
-        tok_stride,
-        pos_stride,
-        x_stride,
-        eps,
-        WIDTH,
-        ROWS,
-        CHUNK,
-        PDL,
-    )
+        tl.program_id(0), token_ids_ptr, previous_rows_ptr, drawn_ids_ptr, positions_ptr, tok_ptr, pos_ptr, x_ptr,
+        weight_ptr, bias_ptr, normed_ptr, num_rows, tok_stride, pos_stride, x_stride, normed_stride, eps, WIDTH, ROWS,
+        CHUNK, PDL,
+    )  # fmt: skip
 
 
 def embedding(
@@ -113,53 +84,43 @@ def embedding(
     tok: torch.Tensor,
     pos: torch.Tensor,
     x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    normed: torch.Tensor,
     eps: float,
     dependent: bool = False,
 ) -> None:
-    """Write x [T, D] float32 and its row statistics mean, rstd [T] float32.
+    """Write x [T, D] float32 and its LayerNorm ``normed`` [T, D], any float type.
 
     Args:
         token_ids, previous_rows, positions: [T] int32; ``previous_rows[t] < 0`` means that ``token_ids[t]`` counts.
         drawn_ids: int32, what ``previous_rows`` points into.
         tok, pos: [V, D] and [C, D], any float type, columns contiguous.
+        weight, bias: [D], of the LayerNorm.
         eps: added to the variance.
         dependent: launched as ``kernels/dependent.py`` says.
     """
     num_rows, width = x.shape
     _embedding_kernel[(cdiv(num_rows, STAT_ROWS),)](
-        token_ids,
-        previous_rows,
-        drawn_ids,
-        positions,
-        tok,
-        pos,
-        x,
-        mean,
-        rstd,
-        num_rows,
-        tok.stride(0),
-        pos.stride(0),
-        x.stride(0),
-        eps,
-        WIDTH=width,
-        ROWS=STAT_ROWS,
-        CHUNK=STAT_CHUNK,
-        PDL=dependent,
-        **launch_options(4, dependent=dependent),
-    )
+        token_ids, previous_rows, drawn_ids, positions, tok, pos, x, weight, bias, normed,
+        num_rows, tok.stride(0), pos.stride(0), x.stride(0), normed.stride(0), eps,
+        WIDTH=width, ROWS=STAT_ROWS, CHUNK=STAT_CHUNK, PDL=dependent, **launch_options(4, dependent=dependent),
+    )  # fmt: skip
 
 
 def cost(num_rows: int, width: int, element_size: int, num_ids: int, num_positions: int) -> Cost:
-    """``num_ids`` and ``num_positions`` are how many different ones the rows have; no row takes a drawn token."""
+    """``num_ids`` and ``num_positions`` are how many different ones the rows have; no row takes a drawn token.
+
+    All but the residual stream is stored in ``element_size`` bytes.
+    """
     return Cost(
-        weights=(num_ids + num_positions) * width * element_size,
+        weights=(num_ids + num_positions + 2) * width * element_size,
         reads=num_rows * 12,
-        writes=num_rows * (width + 2) * 4,
+        writes=num_rows * width * (4 + element_size),
         flops=0,
         rereads={
             "tables": (2 * num_rows - num_ids - num_positions) * width * element_size,
-            "residual, for the statistics": 2 * num_rows * width * 4,
+            "residual, to normalise it": 3 * num_rows * width * 4,
+            "norm weight and bias": 2 * width * element_size * (cdiv(num_rows, STAT_ROWS) - 1),
         },
     )

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from kernels.cost import Cost
 from kernels.head_sample import HeadScratch
-from kernels.linear import TRITON_TYPES, Norm
+from kernels.linear import TRITON_TYPES
 from kernels.logits import logits_of_tile
 from kernels.sampling import Drawn
 from kernels.tiles import VOCAB_TILE, cdiv, launch_options, logits_tiles, next_power_of_2
@@ -48,7 +48,7 @@ def _merge(
 
 @triton.jit
 def _head_ranks_tile(
-    pid, x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr,
+    pid, x_ptr, w_ptr, scale_ptr, row_ids_ptr,
     tops_ptr,  # [R, TILES] float32
     values_ptr,  # [N, plane] float32, of which [N, R, TILES] is read
     chosen_ptr, log_mass_ptr,  # [R] float32
@@ -76,7 +76,7 @@ def _head_ranks_tile(
         if tl.max((top > chosen).to(tl.int32)) != 0:
             outs = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
             y = logits_of_tile(
-                x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, rows,
+                x_ptr, w_ptr, scale_ptr, row_ids_ptr, rows,
                 row_mask, outs, x_stride, w_stride, scale_stride, N, K, WEIGHTS, GROUP, DTYPE, BLOCK_N, BLOCK_T,
                 BLOCK_K,
             )  # fmt: skip
@@ -88,14 +88,14 @@ def _head_ranks_tile(
 
 @triton.jit(do_not_specialize=["num_rows", "num_logprobs", "merges", "plane"])
 def _head_ranks_kernel(
-    x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, tops_ptr, values_ptr,
+    x_ptr, w_ptr, scale_ptr, row_ids_ptr, tops_ptr, values_ptr,
     chosen_ptr, log_mass_ptr, value_ids_ptr, rank_ptr, top_ids_ptr, top_logprobs_ptr, num_rows, num_logprobs, merges,
     plane, x_stride, w_stride, scale_stride,
     N: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     _head_ranks_tile(
-        tl.program_id(0), x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr,
+        tl.program_id(0), x_ptr, w_ptr, scale_ptr, row_ids_ptr,
         tops_ptr, values_ptr, chosen_ptr, log_mass_ptr, value_ids_ptr, rank_ptr, top_ids_ptr, top_logprobs_ptr,
         num_rows, num_logprobs, merges, plane, x_stride, w_stride, scale_stride, N, K, WEIGHTS, GROUP, DTYPE, SPAN,
         BLOCK_N, BLOCK_T, BLOCK_K,
@@ -105,27 +105,25 @@ def _head_ranks_kernel(
 def head_ranks(
     x: torch.Tensor,
     weights: Weights,
-    norm: Norm,
     row_ids: torch.Tensor,
     drawn: Drawn,
     scratch: HeadScratch,
-    dtype: torch.dtype,
 ) -> None:
     """Complete ``drawn``: ranks, and the N most probable tokens.
 
     The arguments are those of the ``head_sample`` with ``ranks_follow=True`` that came right before.
     """
     num_rows, (n, k), num_logprobs = row_ids.shape[0], weights.shape, drawn.top_ids.shape[1]
-    tiles, count = logits_tiles(num_rows, k, dtype.itemsize), cdiv(n, VOCAB_TILE)
+    tiles, count = logits_tiles(num_rows, k, x.element_size()), cdiv(n, VOCAB_TILE)
     planes, candidates, rows, _, candidate_ids = scratch.parts(num_rows, n, num_logprobs)
-    scales = norm.weight if weights.scales is None else weights.scales
+    scales = x if weights.scales is None else weights.scales
     merges = num_rows if num_logprobs else 0
     num_warps = 8 if tiles.block_t == 64 else tiles.num_warps  # with 4, sm_80 spills
     _head_ranks_kernel[(merges + count * cdiv(num_rows, tiles.block_t),)](
-        x, weights.data, scales, norm.weight, norm.bias, norm.mean, norm.rstd, row_ids, planes[0], candidates, *rows,
+        x, weights.data, scales, row_ids, planes[0], candidates, *rows,
         candidate_ids, drawn.ranks, drawn.top_ids, drawn.top_logprobs, num_rows, num_logprobs, merges,
         planes.shape[1], x.stride(0), weights.data.stride(0), 0 if weights.scales is None else scales.stride(0),
-        N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype], SPAN=next_power_of_2(count),
+        N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[x.dtype], SPAN=next_power_of_2(count),
         BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
         **launch_options(num_warps, tiles.num_stages),
     )  # fmt: skip
@@ -138,10 +136,10 @@ def cost(num_rows: int, weights: Weights, element_size: int, num_logprobs: int, 
     """
     n, k = weights.shape
     count, computed = cdiv(n, VOCAB_TILE), min(tiles_above, 1)
-    x_bytes = computed * num_rows * (k * 4 + 12)
+    x_bytes = computed * num_rows * (k * element_size + 4)
     merging = num_rows * (4 + 8 * (count + num_logprobs - 1)) if num_logprobs else 0
     return Cost(
-        weights=weights.nbytes * tiles_above // count + computed * 2 * k * element_size,
+        weights=weights.nbytes * tiles_above // count,
         reads=x_bytes + num_rows * (4 + 4 * count) + merging,
         writes=num_rows * (4 * computed + 8 * num_logprobs),
         flops=2 * num_rows * VOCAB_TILE * tiles_above * k,

@@ -1,4 +1,4 @@
-"""Final LayerNorm, head and draw in one launch, for rows that need no top-k, top-p or min-p: no logits in memory.
+"""Head and draw in one launch, for rows that need no top-k, top-p or min-p: no logits in memory.
 
 A program computes one [VOCAB_TILE, BLOCK_T] tile of logits as ``logits`` does, and keeps of each row:
 
@@ -25,7 +25,7 @@ import triton.language as tl
 from kernels.common import arrive
 from kernels.cost import Cost
 from kernels.dependent import let_next_start, prefetch_weights, wait_for_previous
-from kernels.linear import TRITON_TYPES, Norm
+from kernels.linear import TRITON_TYPES
 from kernels.logits import logits_of_tile
 from kernels.sampling import Drawn, Options, SparseRows, add_masses, gumbel_noise, penalised, tile_mass
 from kernels.tiles import VOCAB_TILE, cdiv, launch_options, logits_tiles, vocab_groups
@@ -142,36 +142,36 @@ def _finish(
     TILES: tl.constexpr, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Combine the vocabulary tiles of a row block in order, and write what was drawn."""
-    maximum = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    largest = tl.full([BLOCK_T, GROUPS], float("-inf"), tl.float32)
     for first in range(0, TILES, GROUPS):
         tiles = first + tl.arange(0, GROUPS)[None, :]
         mask = row_mask[:, None] & (tiles < TILES)
-        top = tl.load(tops_ptr + rows[:, None] * TILES + tiles, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        maximum = tl.maximum(maximum, tl.max(top, axis=1))
-    maximum = tl.where(row_mask, maximum, 0.0)
+        top = tl.load(tops_ptr + rows[:, None] * TILES + tiles, mask=mask, other=float("-inf"))
+        largest = tl.maximum(largest, top)
+    maximum = tl.where(row_mask, tl.max(largest, axis=1), 0.0)
     mass = tl.where(row_mask, 0.0, 1.0)
-    best = tl.full([BLOCK_T], float("-inf"), tl.float32)
-    best_id = tl.full([BLOCK_T], 2147483647, tl.int32)
+    best = tl.full([BLOCK_T, GROUPS], float("-inf"), tl.float32)
+    best_ids = tl.full([BLOCK_T, GROUPS], 2147483647, tl.int32)
     chosen = best
     for first in range(0, TILES, GROUPS):
         tiles = first + tl.arange(0, GROUPS)[None, :]
         mask = row_mask[:, None] & (tiles < TILES)
         place = rows[:, None] * TILES + tiles
-        top = tl.load(tops_ptr + place, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(masses_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+        top = tl.load(tops_ptr + place, mask=mask, other=float("-inf"))
+        part = tl.load(masses_ptr + place, mask=mask, other=0.0)
         mass = add_masses(mass, top, part, maximum[:, None], BLOCK_T, GROUPS)
-        score = tl.load(scores_ptr + place, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        raw = tl.load(raws_ptr + place, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        ids = tl.load(best_ids_ptr + place, mask=mask, other=2147483647, cache_modifier=".cg")
-        step_best = tl.max(score, axis=1)
-        step_id = tl.min(tl.where(score == step_best[:, None], ids, 2147483647), axis=1)
-        step_raw = tl.max(tl.where(ids == step_id[:, None], raw, float("-inf")), axis=1)
-        better = step_best > best
-        chosen = tl.where(better, step_raw, chosen)
-        best_id = tl.where(better, step_id, best_id)
-        best = tl.where(better, step_best, best)
+        score = tl.load(scores_ptr + place, mask=mask, other=float("-inf"))
+        raw = tl.load(raws_ptr + place, mask=mask, other=float("-inf"))
+        ids = tl.load(best_ids_ptr + place, mask=mask, other=2147483647)
+        better = score > best  # the first tile of the largest score, whose ids are the lowest
+        chosen = tl.where(better, raw, chosen)
+        best_ids = tl.where(better, ids, best_ids)
+        best = tl.maximum(best, score)
+    best_score = tl.max(best, axis=1)
+    best_id = tl.min(tl.where(best == best_score[:, None], best_ids, 2147483647), axis=1)
+    chosen = tl.max(tl.where(best_ids == best_id[:, None], chosen, float("-inf")), axis=1)
     log_mass = maximum + tl.log(mass)
-    status = tl.where(maximum == float("inf"), 1, tl.where(best == float("-inf"), 2, 0))
+    status = tl.where(maximum == float("inf"), 1, tl.where(best_score == float("-inf"), 2, 0))
     tl.store(token_ptr + rows, tl.where(status == 0, best_id, 0), mask=row_mask)
     tl.store(logprob_ptr + rows, chosen - log_mass, mask=row_mask)
     tl.store(rank_ptr + rows, tl.where(chosen == maximum, 1, other_rank), mask=row_mask)
@@ -182,7 +182,7 @@ def _finish(
 
 @triton.jit
 def _head_sample_tile(
-    pid, x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr,
+    pid, x_ptr, w_ptr, scale_ptr, row_ids_ptr,
     temperature_ptr, seed_ptr, position_ptr, sample_index_ptr, presence_ptr, frequency_ptr, repetition_ptr,
     count_starts_ptr, count_ids_ptr, counts_ptr, bias_starts_ptr, bias_ids_ptr, biases_ptr,
     allowed_ptr,  # [R, ceil(V / 32)] int32
@@ -210,7 +210,7 @@ def _head_sample_tile(
     prefetch_weights(w_ptr, outs, 0, w_stride, N, K, WEIGHTS, BLOCK_K, (K + BLOCK_K - 1) // BLOCK_K, PDL)
     wait_for_previous(PDL)
     y = logits_of_tile(
-        x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, rows, row_mask,
+        x_ptr, w_ptr, scale_ptr, row_ids_ptr, rows, row_mask,
         outs, x_stride, w_stride, scale_stride, N, K, WEIGHTS, GROUP, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K,
     )  # fmt: skip
     raw = tl.where((outs < N)[None, :], tl.trans(y), float("-inf"))  # [BLOCK_T, BLOCK_N]
@@ -251,7 +251,7 @@ _VARYING = ["num_rows", "num_logprobs", "plane", "has_counts", "has_bias", "has_
 
 @triton.jit(do_not_specialize=_VARYING)
 def _head_sample_kernel(
-    x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr, temperature_ptr,
+    x_ptr, w_ptr, scale_ptr, row_ids_ptr, temperature_ptr,
     seed_ptr, position_ptr, sample_index_ptr, presence_ptr, frequency_ptr, repetition_ptr, count_starts_ptr,
     count_ids_ptr, counts_ptr, bias_starts_ptr, bias_ids_ptr, biases_ptr, allowed_ptr, tops_ptr, masses_ptr,
     scores_ptr, raws_ptr, values_ptr, chosen_ptr, log_mass_ptr, best_ids_ptr, value_ids_ptr, counter_ptr, token_ptr,
@@ -262,7 +262,7 @@ def _head_sample_kernel(
     BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _head_sample_tile(
-        tl.program_id(0), x_ptr, w_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, row_ids_ptr,
+        tl.program_id(0), x_ptr, w_ptr, scale_ptr, row_ids_ptr,
         temperature_ptr, seed_ptr, position_ptr, sample_index_ptr, presence_ptr, frequency_ptr, repetition_ptr,
         count_starts_ptr, count_ids_ptr, counts_ptr, bias_starts_ptr, bias_ids_ptr, biases_ptr, allowed_ptr, tops_ptr,
         masses_ptr, scores_ptr, raws_ptr, values_ptr, chosen_ptr, log_mass_ptr, best_ids_ptr, value_ids_ptr,
@@ -315,45 +315,42 @@ def _plane(num_rows: int, vocab_size: int) -> int:
 def head_sample(
     x: torch.Tensor,
     weights: Weights,
-    norm: Norm,
     row_ids: torch.Tensor,
     options: Options,
     drawn: Drawn,
     scratch: HeadScratch,
-    dtype: torch.dtype,
     ranks_follow: bool = False,
     dependent: bool = False,
 ) -> None:
-    """Draw a token after each of the rows ``row_ids`` [R] int32 of x [T, D] float32.
+    """Draw a token after each of the rows ``row_ids`` [R] int32 of x [T, D].
 
     Args:
+        x: normalised rows in the storage type, in which the product's operands are; columns contiguous.
         weights: the head, [V, D].
-        norm: the final LayerNorm and the statistics of all T rows.
         options: top-k, top-p and min-p are not looked at; the ids of a sparse row have to ascend.
         drawn: tokens, logprobs and status are written. A rank is 1 where the token is the most probable, else 0: not
             counted; top-N is left to ``head_ranks``.
         scratch: sizes by ``HeadScratch.needed``.
-        dtype: the storage type, in which the product's operands are.
         ranks_follow: ``head_ranks`` comes next: leave what it needs, candidates for the N of ``drawn`` among it.
         dependent: launched as ``kernels/dependent.py`` says.
     """
     num_rows, (n, k), num_logprobs = row_ids.shape[0], weights.shape, drawn.top_ids.shape[1]
-    tiles, count = logits_tiles(num_rows, k, dtype.itemsize), cdiv(n, VOCAB_TILE)
+    tiles, count = logits_tiles(num_rows, k, x.element_size()), cdiv(n, VOCAB_TILE)
     planes, candidates, rows, best_ids, candidate_ids = scratch.parts(num_rows, n, num_logprobs)
-    scales = norm.weight if weights.scales is None else weights.scales
+    scales = x if weights.scales is None else weights.scales
     counts, bias, allowed = options.output_counts, options.logit_bias, options.allowed
     none = SparseRows(options.positions, options.positions, options.temperature)
     lists = [getattr(given or none, name) for given in (counts, bias) for name in SparseRows.__slots__]
     num_warps = 8 if tiles.block_t == 64 else tiles.num_warps  # with 4, sm_80 spills
     _head_sample_kernel[(count * cdiv(num_rows, tiles.block_t),)](
-        x, weights.data, scales, norm.weight, norm.bias, norm.mean, norm.rstd, row_ids, options.temperature,
+        x, weights.data, scales, row_ids, options.temperature,
         options.seeds, options.positions, options.sample_index, options.presence_penalty, options.frequency_penalty,
         options.repetition_penalty, *lists, options.positions if allowed is None else allowed, *planes, candidates,
         *rows, best_ids, candidate_ids, scratch.counters, drawn.tokens, drawn.logprobs, drawn.ranks, drawn.status,
         num_rows, num_logprobs, planes.shape[1], int(counts is not None), int(bias is not None),
         int(allowed is not None), int(ranks_follow), x.stride(0), weights.data.stride(0),
         0 if weights.scales is None else scales.stride(0),
-        N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[dtype],
+        N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[x.dtype],
         OPTIONS=num_logprobs > 0 or counts is not None or bias is not None or allowed is not None,
         STEPS=n.bit_length(), GROUPS=vocab_groups(n), BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
         PDL=dependent, **launch_options(num_warps, tiles.num_stages, dependent),
@@ -363,16 +360,15 @@ def head_sample(
 def cost(num_rows: int, weights: Weights, element_size: int) -> Cost:
     """Bytes of one launch on ``num_rows`` different rows without edits, mask or top-N; tiles' results stay in L2."""
     n, k = weights.shape
-    x_bytes, norm_bytes = num_rows * (k * 4 + 12), 2 * k * element_size
+    x_bytes = num_rows * (k * element_size + 4)
     count, row_blocks = cdiv(n, VOCAB_TILE), cdiv(num_rows, logits_tiles(num_rows, k, element_size).block_t)
     return Cost(
-        weights=weights.nbytes + norm_bytes,
+        weights=weights.nbytes,
         reads=x_bytes + num_rows * 20,
         writes=num_rows * 16,
         flops=2 * num_rows * n * k,
         rereads={
             "weights": weights.nbytes * (row_blocks - 1),
-            "norm": norm_bytes * (row_blocks * count - 1),
             "x": x_bytes * (count - 1),
             "options": num_rows * 20 * (count - 1),
             "tile results, written and read": 2 * 20 * num_rows * count,

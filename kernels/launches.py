@@ -38,7 +38,7 @@ MODELS = {
 }
 BLOCK_SIZE = 16  # tokens of a cache block
 CACHE_BLOCKS = 4096  # of a layer's cache
-TILE_EDGES = (1, 16, 17, 32, 33, 64, 65, 256)  # rows at which a launcher's choice of tiles may change
+TILE_EDGES = (1, 4, 5, 16, 17, 32, 33, 64, 65, 256)  # rows at which a launcher's choice of tiles may change
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,8 @@ def meta_weights(n: int, k: int, dtype: torch.dtype, kind: str = "float") -> Wei
 def _linears(shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, blocks: int = CACHE_BLOCKS) -> list[Launch]:
     """The four linears of a layer."""
     d, hidden, size = shape.width, shape.hidden, dtype.itemsize
-    (x0, x1), (mean, rstd, next_mean, next_rstd) = empty(2, rows, d), empty(4, _aligned(rows))[:, :rows]
-    norm = linear.Norm(*empty(2, d, dtype=dtype), mean, rstd)
-    residual = linear.Residual(x0, next_mean, next_rstd, 1e-5)
+    (x0, x1), normed = empty(2, rows, d), empty(rows, d, dtype=dtype)
+    residual = linear.Residual(x0, *empty(2, d, dtype=dtype), normed, 1e-5)
     cache = linear.KVCache(*_cache(shape, dtype, blocks), _different(rows, dtype=torch.int64))
     act, act_hidden = empty(rows, d, dtype=dtype), empty(rows, hidden, dtype=dtype)
 
@@ -105,23 +104,23 @@ def _linears(shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, blocks
         name: str, x: torch.Tensor, n: int, width: int, y: torch.Tensor, epilogue: str, **options: object
     ) -> Launch:
         weights, bias = meta_weights(n, width, dtype, kind), empty(n, dtype=dtype)
-        partials, tile_counters, row_counters = linear.Workspace.needed(rows, n, width, size)
+        partials, tile_counters, row_counters = linear.Workspace.needed(rows, n, width, size, epilogue == "residual")
         workspace = linear.Workspace(empty(partials), _integers(tile_counters), _integers(row_counters))
-        cost = linear.cost(rows, weights, dtype, size, "norm" in options, epilogue, size)
+        cost = linear.cost(rows, weights, size, epilogue)
         return Launch(
             name,
             shape.layers,
             rows,
-            lambda: linear.linear(x, weights, bias, y, workspace, dtype=dtype, **options),  # type: ignore[arg-type]
+            lambda: linear.linear(x, weights, bias, y, workspace, **options),  # type: ignore[arg-type]
             cost,
             (weights.data,),
             (workspace.partials, workspace.tile_counters, workspace.row_counters),
         )
 
     return [
-        launch("qkv", x0, 3 * d, d, act, "qkv", norm=norm, cache=cache),
+        launch("qkv", normed, 3 * d, d, act, "qkv", cache=cache),
         launch("proj", act, d, d, x1, "residual", residual=residual),
-        launch("fc", x0, hidden, d, act_hidden, "none", norm=norm, activation=shape.activation),
+        launch("fc", normed, hidden, d, act_hidden, "none", activation=shape.activation),
         launch("fc2", act_hidden, d, hidden, x1, "residual", residual=residual),
     ]
 
@@ -186,16 +185,15 @@ def _head_sample(
     """The fused head and draw, and the ranks that may follow it."""
     d = shape.width
     w, row_ids, drawn = meta_weights(shape.vocab_size, d, dtype, kind), _different(rows), _drawn(rows, top)
-    norm = linear.Norm(*empty(2, d, dtype=dtype), *empty(2, _aligned(rows))[:, :rows])
     floats, ids, counters = head_sample.HeadScratch.needed(rows, shape.vocab_size, top)
     scratch = head_sample.HeadScratch(empty(floats), _integers(ids), _integers(counters))
-    chosen, x = options(rows, shape.vocab_size, edits), empty(rows, d)
+    chosen, x = options(rows, shape.vocab_size, edits), empty(rows, d, dtype=dtype)
     return [
         Launch(
             "head_sample",
             1,
             rows,
-            lambda: head_sample.head_sample(x, w, norm, row_ids, chosen, drawn, scratch, dtype),
+            lambda: head_sample.head_sample(x, w, row_ids, chosen, drawn, scratch),
             head_sample.cost(rows, w, dtype.itemsize),
             (w.data,),
             (scratch.floats, scratch.ids, scratch.counters),
@@ -204,7 +202,7 @@ def _head_sample(
             "head_ranks",
             1,
             rows,
-            lambda: head_ranks.head_ranks(x, w, norm, row_ids, drawn, scratch, dtype),
+            lambda: head_ranks.head_ranks(x, w, row_ids, drawn, scratch),
             head_ranks.cost(rows, w, dtype.itemsize, top, 0),
             (w.data,),
         ),
@@ -231,11 +229,11 @@ def step_launches(
 
 def _step_launches(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch.dtype, kind: str) -> list[Launch]:
     rows, draws, d, size = sum(count for _, count in spans), len(spans), shape.width, dtype.itemsize
-    ids, stats, positions = _different(rows), empty(2, _aligned(rows)), _different(rows) % shape.context_length
+    ids, positions = _different(rows), _different(rows) % shape.context_length
     fresh = torch.full((rows,), -1, dtype=torch.int32)
     tok, pos = meta_weights(shape.vocab_size, d, dtype).data, empty(shape.context_length, d, dtype=dtype)
-    stream, head = empty(rows, d), meta_weights(shape.vocab_size, d, dtype, kind)
-    norm = linear.Norm(*empty(2, d, dtype=dtype), *stats[:, :rows])
+    stream, normed, head = empty(rows, d), empty(rows, d, dtype=dtype), meta_weights(shape.vocab_size, d, dtype, kind)
+    norm = empty(2, d, dtype=dtype)
     y = empty(draws, _aligned(shape.vocab_size))[:, : shape.vocab_size]
     row_ids = _different(draws)
     qkv, proj, fc, fc2 = _linears(shape, rows, dtype, kind)
@@ -244,7 +242,7 @@ def _step_launches(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: t
             "embedding",
             1,
             rows,
-            lambda: embedding.embedding(ids, fresh, ids, positions, tok, pos, stream, *stats[:, :rows], 1e-5),
+            lambda: embedding.embedding(ids, fresh, ids, positions, tok, pos, stream, *norm, normed, 1e-5),
             embedding.cost(rows, d, size, rows, min(rows, shape.context_length)),
         ),
         qkv,
@@ -256,7 +254,7 @@ def _step_launches(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: t
             "logits",
             1,
             draws,
-            lambda: logits.logits(stream, head, norm, row_ids, y, dtype),
+            lambda: logits.logits(normed, head, row_ids, y),
             logits.cost(draws, head, size),
             (head.data,),
         ),
@@ -280,7 +278,7 @@ def all_launches(shape: ModelShape, dtype: torch.dtype, kind: str = "float") -> 
             found += _step_launches(shape, [(100, 1)] * batch, dtype, kind)
             found += _head_sample(shape, batch, dtype, kind)
             found += _head_sample(shape, batch, dtype, kind, edits=True, top=1)[:1]
-        for length in (17, 512):
+        for length in (17, 257, 512):
             found += _step_launches(shape, [(0, length)], dtype, kind)
         found += [_sampling(shape, 1, *edits) for edits in product((False, True), repeat=2)]
         # Compiled for AMD, a pointer into more than 2 GiB is another type: that is what a cache on a GPU is.

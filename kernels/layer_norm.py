@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import normalise, row_statistics
+from kernels.common import normalise_rows
 from kernels.cost import Cost
 from kernels.tiles import STAT_CHUNK, STAT_ROWS, cdiv, launch_options
 
@@ -47,16 +47,7 @@ def _layer_norm_tile(
         tl.debug_barrier()  # what follows reads what other threads wrote
         x_ptr = sum_ptr
         x_stride = sum_stride
-    mean, rstd = row_statistics(x_ptr, rows, row_mask, x_stride, eps, WIDTH, ROWS, CHUNK)
-    for start in tl.static_range(0, WIDTH, CHUNK):
-        columns = start + tl.arange(0, CHUNK)
-        column_mask = columns < WIDTH
-        mask = row_mask[:, None] & column_mask[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        y = normalise(x, mean[:, None], rstd[:, None], weight[None, :], bias[None, :])
-        tl.store(y_ptr + rows[:, None] * y_stride + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    normalise_rows(x_ptr, rows, row_mask, weight_ptr, bias_ptr, y_ptr, x_stride, y_stride, eps, WIDTH, ROWS, CHUNK)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

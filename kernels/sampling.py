@@ -124,9 +124,9 @@ def _threshold(
     t = tl.full([], 0, tl.uint32)
     one = tl.full([], 1073741824, tl.uint32)  # what the pass's two bits count in: 2**30, then 2**28 ...
     for _ in range(16):
-        n1 = tl.full([], 0, tl.int64)
-        n2 = tl.full([], 0, tl.int64)
-        n3 = tl.full([], 0, tl.int64)
+        n1 = tl.zeros([GROUPS, TILE], tl.int64)
+        n2 = tl.zeros([GROUPS, TILE], tl.int64)
+        n3 = tl.zeros([GROUPS, TILE], tl.int64)
         for first_id in range(0, V, GROUPS * TILE):
             x = _options_applied(source_ptr, allowed_ptr, temperature, first_id, V, HAS_ALLOWED, GROUPS, TILE)
             bits = ordered_bits(x)
@@ -134,11 +134,11 @@ def _threshold(
                 weight = _mass(x, maximum)
             else:
                 weight = (x > float("-inf")).to(tl.int64)
-            n1 += tl.sum(tl.where(bits >= t + one, weight, 0))
-            n2 += tl.sum(tl.where(bits >= t + one * 2, weight, 0))
-            n3 += tl.sum(tl.where(bits >= t + one * 3, weight, 0))
-        digit = (n1 >= target).to(tl.uint32) + (n2 >= target).to(tl.uint32) + (n3 >= target).to(tl.uint32)
-        t += digit * one
+            n1 += tl.where(bits >= t + one, weight, 0)
+            n2 += tl.where(bits >= t + one * 2, weight, 0)
+            n3 += tl.where(bits >= t + one * 3, weight, 0)
+        digit = (tl.sum(n1) >= target).to(tl.uint32) + (tl.sum(n2) >= target).to(tl.uint32)
+        t += (digit + (tl.sum(n3) >= target).to(tl.uint32)) * one
         one = one >> 2
     return t
 
@@ -150,12 +150,10 @@ def _mass(x, maximum):
 
 
 @triton.jit
-def _best(values, ids, best, best_id):
-    """The larger of (best, best_id) and the largest of ``values``, with the lowest id among equals."""
+def best_of(values, ids):
+    """The largest of ``values``, and the lowest id that has it."""
     top = tl.max(values)
-    top_id = tl.min(tl.where(values == top, ids, 2147483647))
-    better = top > best
-    return tl.where(better, top, best), tl.where(better, top_id, best_id)
+    return top, tl.min(tl.where(values == top, ids, 2147483647))
 
 
 @triton.jit
@@ -190,15 +188,16 @@ def _sampling_tile(
     allowed_ptr += row.to(tl.int64) * WORDS
     span = tl.arange(0, GROUPS)[:, None] * TILE + tl.arange(0, TILE)[None, :]
 
-    raw_max = float("-inf")
-    not_finite = 0
+    largest = tl.full([GROUPS, TILE], float("-inf"), tl.float32)
+    not_finite = tl.zeros([GROUPS, TILE], tl.int32)
     for first_id in range(0, V, GROUPS * TILE):
         ids = first_id + span
         raw = tl.load(raw_ptr + ids, mask=ids < V, other=float("-inf"))
-        not_finite += tl.sum(((raw != raw) | (raw == float("inf"))).to(tl.int32))
-        raw_max = tl.maximum(raw_max, tl.max(raw))
+        not_finite |= ((raw != raw) | (raw == float("inf"))).to(tl.int32)
+        largest = tl.maximum(largest, raw)
         if HAS_EDITS:
             tl.store(scratch_ptr + ids, raw, mask=ids < V)
+    raw_max = tl.max(largest)
     masses = tl.zeros([1], tl.float32)
     for first_id in range(0, V, GROUPS * TILE):
         ids = first_id + span
@@ -224,13 +223,14 @@ def _sampling_tile(
     greedy = wanted_temperature == 0.0
     temperature = tl.where(greedy, 1.0, wanted_temperature)
 
-    best = float("-inf")
-    best_id = 2147483647
+    best = tl.full([GROUPS, TILE], float("-inf"), tl.float32)
+    best_ids = tl.full([GROUPS, TILE], 2147483647, tl.int32)
     for first_id in range(0, V, GROUPS * TILE):
         x = _options_applied(source_ptr, allowed_ptr, temperature, first_id, V, HAS_ALLOWED, GROUPS, TILE)
-        best, best_id = _best(x, first_id + span, best, best_id)
-    maximum = best
-    status = tl.where(not_finite > 0, 1, tl.where(maximum == float("-inf"), 2, 0))
+        best_ids = tl.where(x > best, first_id + span, best_ids)
+        best = tl.maximum(best, x)
+    maximum, best_id = best_of(best, best_ids)
+    status = tl.where(tl.max(not_finite) > 0, 1, tl.where(maximum == float("-inf"), 2, 0))
 
     if (status == 0) & (wanted_temperature != 0.0):
         k = tl.load(top_k_ptr + row)
@@ -240,11 +240,11 @@ def _sampling_tile(
         if (k > 0) & (k < V):
             floor = _threshold(source_ptr, allowed_ptr, temperature, maximum, k, False, V, HAS_ALLOWED, GROUPS, TILE)
         if top_p < 1.0:
-            whole = tl.full([], 0, tl.int64)
+            whole = tl.zeros([GROUPS, TILE], tl.int64)
             for first_id in range(0, V, GROUPS * TILE):
                 x = _options_applied(source_ptr, allowed_ptr, temperature, first_id, V, HAS_ALLOWED, GROUPS, TILE)
-                whole += tl.sum(tl.where(ordered_bits(x) >= floor, _mass(x, maximum), 0))
-            target = tl.ceil(top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
+                whole += tl.where(ordered_bits(x) >= floor, _mass(x, maximum), 0)
+            target = tl.ceil(top_p.to(tl.float64) * tl.sum(whole).to(tl.float64)).to(tl.int64)
             nucleus = _threshold(
                 source_ptr, allowed_ptr, temperature, maximum, target, True, V, HAS_ALLOWED, GROUPS, TILE
             )
@@ -253,44 +253,44 @@ def _sampling_tile(
         position = tl.load(position_ptr + row).to(tl.uint32, bitcast=True)
         sample_index = tl.load(sample_index_ptr + row).to(tl.uint32, bitcast=True)
         quads = tl.arange(0, GROUPS)[:, None] * (TILE // 4) + tl.arange(0, TILE // 4)[None, :]
-        best = float("-inf")
+        best = tl.full([GROUPS, TILE], float("-inf"), tl.float32)
         for first_id in range(0, V, GROUPS * TILE):
             x = _options_applied(source_ptr, allowed_ptr, temperature, first_id, V, HAS_ALLOWED, GROUPS, TILE)
             kept = (ordered_bits(x) >= floor) & (tl.exp(x - maximum) >= min_p)
             score = x + gumbel_noise(seed, first_id // 4 + quads, position, sample_index, GROUPS, TILE)
-            best, best_id = _best(tl.where(kept, score, float("-inf")), first_id + span, best, best_id)
+            score = tl.where(kept, score, float("-inf"))
+            best_ids = tl.where(score > best, first_id + span, best_ids)
+            best = tl.maximum(best, score)
+        best_id = best_of(best, best_ids)[1]
     token = tl.where(status == 0, best_id, 0)
 
     log_mass = raw_max + tl.log(raw_mass)
     chosen = tl.load(raw_ptr + token)
-    above = 0
+    above = tl.zeros([GROUPS, TILE], tl.int32)
     for first_id in range(0, V, GROUPS * TILE):
         ids = first_id + span
         raw = tl.load(raw_ptr + ids, mask=ids < V, other=float("-inf"))
-        above += tl.sum((raw > chosen).to(tl.int32))
+        above += (raw > chosen).to(tl.int32)
     tl.store(token_ptr + row, token)
     tl.store(logprob_ptr + row, chosen - log_mass)
-    tl.store(rank_ptr + row, above + 1)
+    tl.store(rank_ptr + row, tl.sum(above) + 1)
     tl.store(status_ptr + row, status)
 
     previous = float("inf")
     previous_id = -1
     for n in range(num_logprobs):
-        best = float("-inf")
-        best_id = 2147483647
+        best = tl.full([GROUPS, TILE], float("-inf"), tl.float32)
+        best_ids = tl.full([GROUPS, TILE], 2147483647, tl.int32)
         for first_id in range(0, V, GROUPS * TILE):
             ids = first_id + span
             raw = tl.load(raw_ptr + ids, mask=ids < V, other=float("-inf"))
-            later = (raw < previous) | ((raw == previous) & (ids > previous_id))
-            top = tl.max(tl.where(later, raw, float("-inf")))
-            top_id = tl.min(tl.where(later & (raw == top) & (ids < V), ids, 2147483647))
-            better = (top > best) | ((top == best) & (top_id < best_id))
-            best = tl.where(better, top, best)
-            best_id = tl.where(better, top_id, best_id)
-        tl.store(top_ids_ptr + row * num_logprobs + n, best_id)
-        tl.store(top_logprobs_ptr + row * num_logprobs + n, best - log_mass)
-        previous = best
-        previous_id = best_id
+            later = ((raw < previous) | ((raw == previous) & (ids > previous_id))) & (ids < V)
+            better = later & ((raw > best) | (best_ids == 2147483647))  # of minus infinity too, the first
+            best_ids = tl.where(better, ids, best_ids)
+            best = tl.where(better, raw, best)
+        previous, previous_id = best_of(best, best_ids)
+        tl.store(top_ids_ptr + row * num_logprobs + n, previous_id)
+        tl.store(top_logprobs_ptr + row * num_logprobs + n, previous - log_mass)
 
 
 @triton.jit(do_not_specialize=["num_logprobs", "has_counts", "has_bias"])

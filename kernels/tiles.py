@@ -13,11 +13,13 @@ MIN_ROWS = 16  # of a linear tile: with 8, Triton 3.7.1 falls back from wgmma to
 BLOCK_K = 64  # depth that K splits are made of, and of one step of a linear
 BLOCK_K_FLOAT32 = 16  # of one step in float32, which has no tensor core: with 64, Triton 3.7.1 spills kilobytes
 BLOCK_KV = 64  # keys of one step of attention
-STAT_ROWS = 8  # rows whose statistics one pass computes
+MOST_ROWS_NORMALISED = {"float": 64, "int8": 32, "int4": 16}  # by one program of a linear; with more, sm_80 spills
+STAT_ROWS = 8  # rows that a stand-alone LayerNorm, or the embedding, does at a time
 STAT_CHUNK = 256  # columns that are added elementwise before the tree
 VOCAB_TILE = 64  # vocabulary entries whose softmax mass is one tree; equals BLOCK_N, the tile of the head
 TARGET_PROGRAMS = 132  # multiprocessors of an H100: a decode launch should have at least as many programs
 MAX_SPLITS = 16  # splits of K, so that the last arriver's sum stays short
+MIN_BLOCKS_PER_SPLIT = 2  # with one, Triton adds the sum of the splits inside the product, which rounds otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class LinearTiles:
     fused: bool
     num_warps: int
     num_stages: int
+    norm_rows: int  # that the last program of a row block normalises at a time
 
 
 def cdiv(a: int, b: int) -> int:
@@ -55,30 +58,40 @@ def launch_options(num_warps: int, num_stages: int = 1, dependent: bool = False)
 def split_k(out_features: int, in_features: int) -> tuple[int, int]:
     """How many K splits a linear has, and of how many ``BLOCK_K`` steps each: a function of the model's shape only."""
     out_blocks, k_blocks = cdiv(out_features, BLOCK_N), cdiv(in_features, BLOCK_K)
-    per_split = max(1, out_blocks * k_blocks // TARGET_PROGRAMS, cdiv(k_blocks, MAX_SPLITS))
+    per_split = max(MIN_BLOCKS_PER_SPLIT, out_blocks * k_blocks // TARGET_PROGRAMS, cdiv(k_blocks, MAX_SPLITS))
     splits = cdiv(k_blocks, per_split)
     return splits, cdiv(k_blocks, splits)
 
 
-def linear_tiles(num_rows: int, out_features: int, in_features: int, element_size: int) -> LinearTiles:
-    """Tiles of a linear [out_features, in_features] on ``num_rows`` rows."""
+def linear_tiles(
+    num_rows: int, out_features: int, in_features: int, element_size: int, residual: bool = False, kind: str = "float"
+) -> LinearTiles:
+    """Tiles of a linear [out_features, in_features] with weights of a ``kind``, on ``num_rows`` rows.
+
+    With a ``residual`` one program normalises all rows of a tile: those have fewer rows. Where choices change was
+    measured on an H200 (benchmarks/RESULTS.md); ``launches.TILE_EDGES`` and the backend's warm-up know the places.
+    """
     splits, blocks_per_split = split_k(out_features, in_features)
-    fused = splits == 1 or num_rows > 64
-    return _linear_tiles(num_rows, element_size, splits, blocks_per_split, fused)
+    if residual:
+        fused, most = num_rows > 64, 16 if num_rows <= 256 else MOST_ROWS_NORMALISED[kind]
+    else:
+        fused, most = num_rows > 16, 32 if num_rows <= 64 else 64
+    fused = fused or splits == 1
+    return _linear_tiles(num_rows, element_size, splits, blocks_per_split, fused, most)
 
 
 def logits_tiles(num_rows: int, in_features: int, element_size: int) -> LinearTiles:
     """Tiles of the head: no K splits, since the vocabulary alone makes enough programs."""
-    return _linear_tiles(num_rows, element_size, 1, cdiv(in_features, BLOCK_K), True)
+    return _linear_tiles(num_rows, element_size, 1, cdiv(in_features, BLOCK_K), True, 64)
 
 
-def _linear_tiles(num_rows: int, element_size: int, splits: int, blocks: int, fused: bool) -> LinearTiles:
-    block_t = min(max(MIN_ROWS, next_power_of_2(num_rows)), 64)
+def _linear_tiles(num_rows: int, element_size: int, splits: int, blocks: int, fused: bool, most: int) -> LinearTiles:
+    block_t, norm_rows = min(max(MIN_ROWS, next_power_of_2(num_rows)), most), 4 if num_rows <= 4 else MIN_ROWS
     if element_size == 4:
         block_k = BLOCK_K_FLOAT32
         num_warps = 8 if block_t == 64 else 4  # with 4, GPT-2 XL's spill
-        return LinearTiles(block_t, block_k, splits, blocks * (BLOCK_K // block_k), fused, num_warps, 3)
-    return LinearTiles(block_t, BLOCK_K, splits, blocks, fused, 4, 4 if block_t <= 32 else 3)
+        return LinearTiles(block_t, block_k, splits, blocks * (BLOCK_K // block_k), fused, num_warps, 3, norm_rows)
+    return LinearTiles(block_t, BLOCK_K, splits, blocks, fused, 4, 4 if block_t <= 32 else 3, norm_rows)
 
 
 def split_kv(n_heads: int, context_length: int) -> int:

@@ -99,11 +99,14 @@ def main(arguments: list[str] | None = None) -> int:
     from gpu.machine import Machine
     from gpu.precompile import precompile
 
+    from engine.backends.triton_compile import WORKERS_VARIABLE
+
     machine = Machine(args.backend, args.tiny)
     report = Report(args.output, machine.versions())
     parts = PARTS if args.part == "all" else (args.part,)
     if machine.target is not None and args.workers:
         print(f"compiled {precompile(machine.target, parts, args.workers)}", flush=True)
+        os.environ[WORKERS_VARIABLE] = "0"  # no backend need do it again
     if args.again:
         for part in parts:
             report.forget(part, args.only)

@@ -113,13 +113,13 @@ def test_arguments_of_a_benchmark() -> None:
 
 
 @pytest.mark.versions
-def test_workers_share_what_is_compiled_beforehand(tmp_path: Path) -> None:
+def test_workers_share_what_is_compiled_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker of very many: it compiles its few of a backend's specialisations, into Triton's cache."""
-    script = Path(__file__).parent / "gpu" / "precompile.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(script), "sm_90", "invariance", "--of", "100", "--share", "7"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    command = [sys.executable, "-m", "gpu.precompile", "sm_90", "invariance", "--of", "100", "--share", "7"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = int(done.stdout)
     assert 0 < compiled < 20

@@ -81,7 +81,7 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, n: int, k
             torch.empty(sizes[0]), *(torch.zeros(size, dtype=torch.int32) for size in sizes[1:])
         )
         with traced(monkeypatch) as (events, trace):
-            linear.linear(x, weights, bias, y, workspace, dtype=dtype, dependent=dependent)
+            linear.linear(x, weights, bias, y, workspace, dependent=dependent)
         results.append(y)
     programs = tiles.cdiv(n, 64) * tiles.cdiv(rows, chosen.block_t) * (1 if chosen.fused else chosen.splits)
     assert check(events, trace, weights, programs) >= programs
@@ -102,21 +102,18 @@ def test_attention_embedding_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     with traced(monkeypatch) as (events, trace):
         attention.attention(q, k, k, tables, listed, out, *parts, paging, 0.25, choice, 128, dependent=True)
     check(events, trace, None, 6)
-    x, mean, rstd = torch.randn(9, 32), torch.empty(9), torch.empty(9)
+    x, normed = torch.randn(9, 32), torch.empty(9, 32)
     ids = torch.zeros(9, dtype=torch.int32)
     with traced(monkeypatch) as (events, trace):
-        embedding.embedding(ids, ids - 1, ids, ids, x, x, x.clone(), mean, rstd, 1e-5, dependent=True)
+        embedding.embedding(ids, ids - 1, ids, ids, x, x, x.clone(), x[0], x[1], normed, 1e-5, dependent=True)
     check(events, trace, None, 2)
-    weights, norm = (
-        pack(torch.randn(97, 32), torch.float32),
-        linear.Norm(mean[:1].expand(32), mean[:1].expand(32), mean, rstd),
-    )
+    weights = pack(torch.randn(97, 32), torch.float32)
     with traced(monkeypatch) as (events, trace):
-        logits.logits(x, weights, norm, i(0, 8), torch.empty(2, 97), torch.float32, dependent=True)
+        logits.logits(x, weights, i(0, 8), torch.empty(2, 97), dependent=True)
     assert check(events, trace, weights, 2) > 0
     drawn, space, greedy = outputs(2, 0), scratch(2, 97), options([Row(temperature=0)] * 2, 97)
     with traced(monkeypatch) as (events, trace):
-        head_sample.head_sample(x, weights, norm, i(0, 8), greedy, drawn, space, torch.float32, dependent=True)
+        head_sample.head_sample(x, weights, i(0, 8), greedy, drawn, space, dependent=True)
     assert check(events, trace, weights, 2) > 0
 
 

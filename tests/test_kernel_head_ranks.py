@@ -13,19 +13,19 @@ FORCED = [Row(temperature=0), Row(temperature=0, allowed=(140,)), Row(temperatur
 
 
 def test_in_every_order() -> None:
-    x, weights, norm = make(4, 150, 64, torch.bfloat16)
+    x, weights = make(4, 150, 64, torch.bfloat16)
     ids = harness.guarded_like(torch.tensor([3, 1, 0], dtype=torch.int32))
     drawn, space = outputs(3, 4), scratch(3, 150, 4)
-    head_sample(x, weights, norm, ids, options(FORCED, 150), drawn, space, torch.bfloat16, ranks_follow=True)
+    head_sample(x, weights, ids, options(FORCED, 150), drawn, space, ranks_follow=True)
     before = drawn.ranks.clone()
 
     def launch() -> None:
         drawn.ranks.copy_(before)
-        head_ranks(x, weights, norm, ids, drawn, space, torch.bfloat16)
+        head_ranks(x, weights, ids, drawn, space)
 
     harness.run_in_every_order(
         launch, [drawn.top_ids, drawn.top_logprobs],
-        [x, weights.data, norm.weight, norm.bias, norm.mean, norm.rstd, ids, space.floats, space.ids], [drawn.ranks],
+        [x, weights.data, ids, space.floats, space.ids], [drawn.ranks],
     )  # fmt: skip
     assert drawn.ranks[0] == 1
     assert (drawn.ranks[1:] > 1).all()
@@ -59,12 +59,12 @@ def test_more_candidates_than_a_tile_has() -> None:
 def test_cost_is_what_is_touched(top: int) -> None:
     """Greedy rows compute no tile again; a row of the largest rank computes all of them."""
     logits = torch.arange(0, 300.0).expand(20, -1).contiguous()
-    x, weights, norm = exact(logits)
+    x, weights = exact(logits)
     for rows, above in (([Row(temperature=0)] * 20, 0), ([Row(temperature=0, allowed=(0,))] * 20, 5)):
         drawn, space, ids = outputs(20, top), scratch(20, 300, top), torch.arange(20).int()
-        head_sample(x, weights, norm, ids, options(rows, 300), drawn, space, torch.float32, ranks_follow=True)
+        head_sample(x, weights, ids, options(rows, 300), drawn, space, ranks_follow=True)
         with harness.recording() as trace:
-            head_ranks(x, weights, norm, ids, drawn, space, torch.float32)
+            head_ranks(x, weights, ids, drawn, space)
         expected = cost(20, weights, 4, top, above)
         read = trace.bytes(False) - trace.bytes(False, drawn.ranks)
         assert read == pytest.approx(expected.weights + expected.reads, rel=0.02)

@@ -9,24 +9,17 @@ from test_kernel_sampling import Row, expected_token, options, outputs
 
 from kernels.head_ranks import head_ranks
 from kernels.head_sample import HeadScratch, cost, head_sample
-from kernels.linear import Norm
 from kernels.logits import logits
 from kernels.sampling import Drawn, sampling
 from kernels.weights import Weights, pack
 
-EPS = 1e-5
 NAMES = ("tokens", "logprobs", "ranks", "status", "top_ids", "top_logprobs")
 
 
-def make(
-    total: int, vocab: int, width: int, dtype: torch.dtype, kind: str = "float"
-) -> tuple[torch.Tensor, Weights, Norm]:
+def make(total: int, vocab: int, width: int, dtype: torch.dtype, kind: str = "float") -> tuple[torch.Tensor, Weights]:
     torch.manual_seed(vocab)
-    x = harness.guarded_like(torch.randn(total, width))
-    gamma, beta = harness.guarded_like(torch.randn(width), dtype), harness.guarded_like(torch.randn(width), dtype)
-    mean, rstd = x.mean(dim=1), (x.var(dim=1, correction=0) + EPS).rsqrt()
-    norm = Norm(gamma, beta, harness.guarded_like(mean), harness.guarded_like(rstd))
-    return x, pack(torch.randn(vocab, width) / width**0.5, dtype, kind), norm
+    x = harness.guarded_like(torch.randn(total, width), dtype)
+    return x, pack(torch.randn(vocab, width) / width**0.5, dtype, kind)
 
 
 def scratch(rows: int, vocab: int, top: int = 0) -> HeadScratch:
@@ -53,17 +46,15 @@ EDITS = [
 ]
 
 
-def both_paths(
-    x: torch.Tensor, weights: Weights, norm: Norm, rows: list[Row], ids: list[int], top: int = 0
-) -> tuple[Drawn, Drawn]:
-    vocab, dtype = weights.shape[0], norm.weight.dtype
+def both_paths(x: torch.Tensor, weights: Weights, rows: list[Row], ids: list[int], top: int = 0) -> tuple[Drawn, Drawn]:
+    vocab = weights.shape[0]
     row_ids = torch.tensor(ids, dtype=torch.int32)
     fused, apart = outputs(len(ids), top), outputs(len(ids), top)
     chosen, space = options(rows, vocab), scratch(len(ids), vocab, top)
-    head_sample(x, weights, norm, row_ids, chosen, fused, space, dtype, ranks_follow=True)
-    head_ranks(x, weights, norm, row_ids, fused, space, dtype)
+    head_sample(x, weights, row_ids, chosen, fused, space, ranks_follow=True)
+    head_ranks(x, weights, row_ids, fused, space)
     y = torch.empty(len(ids), vocab)
-    logits(x, weights, norm, row_ids, y, dtype)
+    logits(x, weights, row_ids, y)
     sampling(y, chosen, apart, torch.empty_like(y))
     return fused, apart
 
@@ -92,18 +83,16 @@ def test_same_bits_with_edits_and_top_n(vocab: int, dtype: torch.dtype, top: int
         assert_same(*both_paths(*make(7, vocab, 70, dtype), rows, [1, 2, 3, 4, 5], top))
 
 
-def exact(logits: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Weights, Norm]:
-    """Arguments whose logits are ``logits`` [R, V], to the bit: an identity for x, and a norm that does nothing."""
-    rows = len(logits)
-    norm = Norm(torch.ones(rows, dtype=dtype), torch.zeros(rows, dtype=dtype), torch.zeros(rows), torch.ones(rows))
-    return torch.eye(rows), pack(logits.T.contiguous(), dtype), norm
+def exact(logits: torch.Tensor) -> tuple[torch.Tensor, Weights]:
+    """Arguments whose logits are ``logits`` [R, V], to the bit: an identity for x."""
+    return torch.eye(len(logits)), pack(logits.T.contiguous(), torch.float32)
 
 
 def drawn_from(logits: torch.Tensor, rows: list[Row], top: int = 0) -> Drawn:
-    x, weights, norm = exact(logits)
+    x, weights = exact(logits)
     drawn, space, ids = outputs(len(rows), top), scratch(len(rows), logits.shape[1], top), torch.arange(len(rows)).int()
-    head_sample(x, weights, norm, ids, options(rows, logits.shape[1]), drawn, space, torch.float32, ranks_follow=True)
-    head_ranks(x, weights, norm, ids, drawn, space, torch.float32)
+    head_sample(x, weights, ids, options(rows, logits.shape[1]), drawn, space, ranks_follow=True)
+    head_ranks(x, weights, ids, drawn, space)
     return drawn
 
 
@@ -147,8 +136,9 @@ def test_many_rows_and_row_blocks() -> None:
 
 def test_a_large_vocabulary_of_equals() -> None:
     """More than one step of the walk over the tiles' results: the lowest ids, and all of the mass."""
-    x, _, norm = make(1, 1, 16, torch.float32)
-    fused, apart = both_paths(x, pack(torch.zeros(4200, 16), torch.float32), norm, [Row(temperature=0)], [0], 3)
+    fused, apart = both_paths(
+        torch.randn(1, 16), pack(torch.zeros(4200, 16), torch.float32), [Row(temperature=0)], [0], 3
+    )
     assert_same(fused, apart)
     assert fused.tokens.item() == 0
     assert fused.top_ids.tolist() == [[0, 1, 2]]
@@ -156,7 +146,7 @@ def test_a_large_vocabulary_of_equals() -> None:
 
 @pytest.mark.parametrize("rows", [ROWS[:2], EDITS[2:4]], ids=["plain", "edited"])
 def test_in_every_order(rows: list[Row]) -> None:
-    x, weights, norm = make(4, 150, 64, torch.bfloat16)
+    x, weights = make(4, 150, 64, torch.bfloat16)
     top = len(rows[0].counts) and 2
     ids, drawn = harness.guarded_like(torch.tensor([3, 1], dtype=torch.int32)), outputs(2, top)
     space, chosen = scratch(2, 150, top), options(rows, 150)
@@ -164,42 +154,41 @@ def test_in_every_order(rows: list[Row]) -> None:
     inputs += [t for s in (chosen.output_counts, chosen.logit_bias) if s for t in (s.starts, s.ids, s.values)]
     written = [drawn.tokens, drawn.logprobs, drawn.ranks, drawn.status]
     harness.run_in_every_order(
-        lambda: head_sample(x, weights, norm, ids, chosen, drawn, space, torch.bfloat16), written,
-        [x, weights.data, norm.weight, norm.bias, norm.mean, norm.rstd, ids, *inputs],
+        lambda: head_sample(x, weights, ids, chosen, drawn, space), written, [x, weights.data, ids, *inputs],
         [space.floats, space.ids, space.counters],
     )  # fmt: skip
     assert not space.counters.any()
 
 
 def test_status_of_rows_without_a_token() -> None:
-    x, weights, norm = make(3, 100, 64, torch.float32)
-    norm.mean[1] = torch.nan
-    fused, _ = both_paths(x, weights, norm, [Row(), Row(), Row(allowed=())], [0, 1, 2])
+    x, weights = make(3, 100, 64, torch.float32)
+    x[1, 0] = torch.nan
+    fused, _ = both_paths(x, weights, [Row(), Row(), Row(allowed=())], [0, 1, 2])
     assert fused.status.tolist() == [0, 1, 2]
 
 
 def test_infinite_logits_are_refused() -> None:
-    x, weights, norm = exact(torch.zeros(2, 70))
+    x, weights = exact(torch.zeros(2, 70))
     weights.data[69, 1] = torch.inf
-    fused, apart = both_paths(x[1:], weights, norm, [Row()], [0])
+    fused, apart = both_paths(x[1:], weights, [Row()], [0])
     assert fused.status.tolist() == apart.status.tolist() == [1]
 
 
 def test_a_rank_that_is_not_counted_is_0() -> None:
-    x, weights, norm = exact(torch.tensor([[1.0, 3.0, 2.0]] * 3))
+    x, weights = exact(torch.tensor([[1.0, 3.0, 2.0]] * 3))
     drawn, ids = outputs(3, 0), torch.arange(3).int()
     chosen = options([Row(temperature=0), Row(temperature=0, allowed=(2,)), Row(temperature=0, allowed=(1, 2))], 3)
-    head_sample(x, weights, norm, ids, chosen, drawn, scratch(3, 3), torch.float32)
+    head_sample(x, weights, ids, chosen, drawn, scratch(3, 3))
     assert drawn.tokens.tolist() == [1, 2, 1]
     assert drawn.ranks.tolist() == [1, 0, 1]
 
 
 def test_cost_is_what_is_touched() -> None:
-    x, weights, norm = make(20, 150, 256, torch.bfloat16)
+    x, weights = make(20, 150, 256, torch.bfloat16)
     drawn, space, rows = outputs(3, 0), scratch(3, 150), options([Row()] * 3, 150)
     ids = torch.tensor([1, 5, 19], dtype=torch.int32)
     with harness.recording() as trace:
-        head_sample(x, weights, norm, ids, rows, drawn, space, torch.bfloat16)
+        head_sample(x, weights, ids, rows, drawn, space)
     expected = cost(3, weights, 2)
     handed_over = trace.bytes(False, space.floats, space.ids, space.counters)
     assert trace.bytes(False) - handed_over == pytest.approx(expected.weights + expected.reads, rel=0.02)

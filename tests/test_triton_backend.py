@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import kernel_harness as harness
 import numpy as np
@@ -263,3 +264,34 @@ def test_interpreting_after_triton_was_imported_compiled_is_refused() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "set TRITON_INTERPRET=1 before anything imports triton" in out
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "hip", "embed_dim", "taken", "why"),
+    [
+        ((9, 0), "auto", None, 64, "triton", "the fastest on this GPU"),
+        ((8, 0), "bfloat16", None, 64, "triton", "the fastest on this GPU"),
+        ((7, 5), "auto", None, 64, "torch", "8.0 and later, this GPU has 7.5"),
+        ((9, 0), "float64", None, 64, "torch", "has float64 on a GPU"),
+        ((9, 0), "auto", "6.4", 64, "torch", "AMD"),
+        ((9, 0), "auto", None, 9000, "torch", "embed_dim up to 8192"),
+        ((9, 0), "auto", "no compiler", 64, "torch", "needs a C compiler"),
+    ],
+)
+def test_what_auto_takes_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: Any, dtype: str, hip: Any, embed_dim: int, taken: str, why: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("CC", "gcc")
+    if hip == "no compiler":
+        hip = None
+        monkeypatch.delenv("CC")
+        monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    model = ModelConfig(vocab_size=97, context_length=50, embed_dim=embed_dim, n_heads=4, n_layers=1, hidden_dim=64)
+    choice = registry.choose("auto", dtype, "auto", model)
+    assert choice.backend.name == taken
+    assert why in choice.reason
+    assert choice.device == "cuda"
+    assert registry.choose("auto", dtype, "cpu", model).backend.name != "triton"

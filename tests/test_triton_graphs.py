@@ -63,15 +63,15 @@ def test_a_replayed_step_is_the_eager_one_bit_for_bit(eager: Any, monkeypatch: p
 )
 def test_what_is_wrong_would_show(eager: Any, monkeypatch: pytest.MonkeyPatch, flaw: str, seen: str) -> None:
     """Negative controls: the first step that each mistake spoils."""
-    pad = triton_graphs.pad
     if flaw == "padding writes a key":
         monkeypatch.setitem(triton_graphs.FILL, "slots", 0)
     elif flaw == "launched for 64 keys":
+        layout = triton_graphs.padded_layout
         monkeypatch.setattr(triton_step, "padded_length", lambda longest, split, context_length: 64)
-        monkeypatch.setattr(triton_step, "pad", lambda arrays, rows, width: pad(arrays, rows, 10))
+        monkeypatch.setattr(triton_step, "padded_layout", lambda arrays, rows, width: layout(arrays, rows, 10))
     else:
-        nobody = {"previous_rows": np.full(3, -1, np.int32)}
-        monkeypatch.setattr(triton_step, "pad", lambda arrays, rows, width: pad({**arrays, **nobody}, rows, width))
+        write, nobody = triton_graphs.write_padded, {"previous_rows": np.full(3, -1, np.int32)}
+        monkeypatch.setattr(triton_step, "write_padded", lambda arrays, padded: write({**arrays, **nobody}, padded))
     assert first_difference(a_life(driver(graphs=True)), eager) == seen
 
 
@@ -130,8 +130,8 @@ def test_steps_that_a_graph_does_not_serve() -> None:
     a, b = Running([0, 1], 9), Running([2, 3], 4)
     plain = d.batch([(a, [1]), (b, [2])], greedy(2))
     step = d.backend._step
-    assert step._is_decode(plain)
-    assert step._is_decode(d.batch([(a, [1])]))
+    assert step._graph_rows(plain) == 2
+    assert step._graph_rows(d.batch([(a, [1])])) == 1
     changes: list[dict[str, Any]] = [
         {"draw_rows": np.array([1, 0], np.int32)},
         {"draw_rows": np.array([0, 1, 1], np.int32)},
@@ -139,9 +139,9 @@ def test_steps_that_a_graph_does_not_serve() -> None:
         {"block_copies": np.array([[0, 5]], np.int32)},
     ]
     for change in changes:
-        assert not step._is_decode(replace(plain, **change))
-    assert not step._is_decode(d.batch([(a, [1, 2]), (b, [2])], greedy(2)))
-    assert not step._is_decode(d.batch([(Running([0]), [1]) for _ in range(257)], greedy(257)))
+        assert step._graph_rows(replace(plain, **change)) is None
+    assert step._graph_rows(d.batch([(a, [1, 2]), (b, [2])], greedy(2))) is None
+    assert step._graph_rows(d.batch([(Running([0]), [1]) for _ in range(257)], greedy(257))) is None
 
 
 def test_capturing_refuses_what_a_graph_would_not_run() -> None:
@@ -195,11 +195,12 @@ def test_padding() -> None:
         "token_ids": np.array([7], np.int32),
         "slots": np.array([33], np.int64),
         "block_tables": np.array([[2, 99, 99]], np.int32),
-        "row_ids": np.array([0], np.int32),
         "top_p": np.array([0.5], np.float32),
         "allowed": np.array([[1, 2]], np.uint32),
     }
-    padded = triton_graphs.pad(arrays, 2, 2)
+    layout = triton_graphs.padded_layout(arrays, 2, 2)
+    padded = layout.arrays(np.full(layout.size, 0xFF, np.uint8))
+    triton_graphs.write_padded(arrays, padded)
     assert {name: array.tolist() for name, array in padded.items()} == {
         "row_ids": [0, 1],
         "token_ids": [7, 0],
@@ -209,14 +210,18 @@ def test_padding() -> None:
         "allowed": [[1, 2], [0xFFFFFFFF] * 2],
     }
     assert all(padded[name].dtype == arrays[name].dtype for name in arrays)
+    wide = triton_graphs.padded_layout(arrays, 1, 5)
+    padded = wide.arrays(np.full(wide.size, 0xFF, np.uint8))
+    triton_graphs.write_padded(arrays, padded)
+    assert padded["block_tables"].tolist() == [[2, 99, 99, 0, 0]]
     with pytest.raises(AssertionError, match="how to pad counts"):
-        triton_graphs.pad({"counts.ids": np.zeros(3, np.int32)}, 4, 1)
+        triton_graphs.padded_layout({"counts.ids": np.zeros(3, np.int32)}, 4, 1)
 
 
 def test_graphs_keep_the_most_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_graphs, "MAX_GRAPHS", 2)
     graphs = triton_graphs.Graphs()
-    made = [triton_graphs.Captured(None, torch.empty(0), None, ()) for _ in range(3)]  # type: ignore[arg-type]
+    made = [triton_graphs.Captured(None, None, torch.empty(0), None, ()) for _ in range(3)]  # type: ignore[arg-type]
     graphs.put("a", made[0])
     graphs.put("b", made[1])
     assert graphs.get("a") is made[0]
@@ -230,7 +235,8 @@ def test_layouts() -> None:
     assert layout == Layout.of({name: array + array.dtype.type(1) for name, array in arrays.items()})
     assert layout != Layout.of(arrays | {"a": np.arange(3, dtype=np.float32)})
     packed = np.full(layout.size, 0xFF, np.uint8)
-    layout.write(arrays, packed)
+    for name, place in layout.arrays(packed).items():
+        place[...] = arrays[name]
     views = layout.views(torch.from_numpy(packed))
     assert views["a"].tolist() == [0, 1, 2]
     assert views["b"].tolist() == [[-(2**63)]]

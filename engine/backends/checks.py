@@ -52,9 +52,12 @@ def check_batch(batch: Batch, model: ModelConfig, num_blocks: int, block_size: i
 
 
 def _check_range(what: str, values: npt.NDArray[np.integer], low: int, high: int) -> None:
+    if values.size == 0 or (
+        np.minimum.reduce(values, axis=None) >= low and np.maximum.reduce(values, axis=None) < high
+    ):
+        return
     bad = values[(values < low) | (values >= high)]
-    if bad.size:
-        raise ValueError(f"{what} {int(bad.flat[0])} is out of range: it must be in [{low}, {high})")
+    raise ValueError(f"{what} {int(bad.flat[0])} is out of range: it must be in [{low}, {high})")
 
 
 def free_memory(device: torch.device, fraction: float) -> int:

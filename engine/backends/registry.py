@@ -1,12 +1,15 @@
 """Which backends there are, and which one ``auto`` takes and why."""
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from engine.backends.base import Backend
+from engine.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,10 @@ def default_device() -> tuple[str, str]:
     return "cpu", "PyTorch sees no GPU"
 
 
-def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto") -> Choice:
-    """Settle every "auto".
+def choose(
+    backend: str = "auto", dtype: str = "auto", device: str = "auto", model: ModelConfig | None = None
+) -> Choice:
+    """Settle every "auto", for a model where one is given.
 
     Raises:
         ValueError: the backend is not known, with those that are.
@@ -90,7 +95,7 @@ def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto") -> 
         where, device_reason = device, "asked for"
     elif backend != "auto" and where not in BACKENDS[backend]().devices:
         where, device_reason = BACKENDS[backend]().devices[0], f"the one that {backend} runs on"
-    name, reason = (backend, "asked for") if backend != "auto" else _fastest(dtype, where)
+    name, reason = (backend, "asked for") if backend != "auto" else _fastest(dtype, where, model)
     reasons = [f"{name}: {reason}", f"{where}: {device_reason}"]
     if dtype == "auto":
         dtype, dtype_reason = _default_dtype(name)
@@ -98,8 +103,11 @@ def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto") -> 
     return Choice(BACKENDS[name](), dtype, where, "; ".join(reasons))
 
 
-def _fastest(dtype: str, device: str) -> tuple[str, str]:
-    """The backend that ``auto`` means for a dtype and a device, and why."""
+def _fastest(dtype: str, device: str, model: ModelConfig | None) -> tuple[str, str]:
+    """The backend that ``auto`` means for a dtype, a device and a model, and why."""
+    if device.partition(":")[0] == "cuda":
+        reason = _no_triton(dtype, device, model)
+        return ("triton", "the fastest on this GPU") if reason is None else ("torch", reason)
     if device != "cpu":
         return "torch", f"the one that runs on {device}"
     if missing("native") is not None:
@@ -107,6 +115,25 @@ def _fastest(dtype: str, device: str) -> tuple[str, str]:
     if dtype not in ("auto", *_load_native().dtypes):
         return "torch", f"the one that has {dtype} on a CPU"
     return "native", "the fastest on a CPU"
+
+
+def _no_triton(dtype: str, device: str, model: ModelConfig | None) -> str | None:
+    """Why ``auto`` leaves the triton backend out on a GPU, or None if it takes it."""
+    if (absent := missing("triton")) is not None:
+        return absent
+    if torch.version.hip is not None:
+        return "the triton backend was never run on an AMD GPU; it can be asked for"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return (
+            f"the triton backend is for compute capability 8.0 and later, this GPU has {'.'.join(map(str, capability))}"
+        )
+    if not os.environ.get("CC") and not any(map(shutil.which, ("clang", "gcc"))):
+        return "Triton needs a C compiler, and finds neither CC nor clang nor gcc"
+    from engine.backends.triton_backend import TritonBackend
+
+    if dtype not in ("auto", *TritonBackend.dtypes):
+        return f"the one that has {dtype} on a GPU"
+    return None if model is None else TritonBackend.refuses(model)
 
 
 def _default_dtype(name: str) -> tuple[str, str]:

@@ -4,7 +4,9 @@ A row's bits are the same in any batch and any chunking. The residual stream, st
 logits are in float32 whatever the storage type.
 """
 
+import logging
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from engine.backends.triton_step import StepTensors
 
 MAX_WIDTH, MAX_HEAD_DIM = 8192, 256
+_log = logging.getLogger("engine.triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,8 @@ class TritonBackend(Backend):
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
         check_choice("device", device.partition(":")[0], self.devices, self.name)
-        if model.embed_dim > MAX_WIDTH or model.head_dim > MAX_HEAD_DIM:
-            raise ValueError(
-                f"the {self.name} backend accepts embed_dim up to {MAX_WIDTH} and head_dim up to {MAX_HEAD_DIM}, "
-                f"got {model.embed_dim} and {model.head_dim}"
-            )
+        if (reason := self.refuses(model)) is not None:
+            raise ValueError(reason)
         self._prepare(strict_jit)
         if dependent_launch and not self._has_dependent_launch(torch.device(device)):
             raise ValueError(
@@ -78,9 +78,20 @@ class TritonBackend(Backend):
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._block_size = block_size
         self._memory_fraction = memory_fraction
+        self._dependent_launch = dependent_launch
         packed = triton_weights.pack_model(model, weights, self._dtype, self._device)
         self._step = triton_step.TritonStep(model, packed, self._dtype, block_size, graphs, dependent_launch)
         self.jit = triton_jit.JitWatch(strict_jit)
+
+    @classmethod
+    def refuses(cls, model: ModelConfig) -> str | None:
+        """Why the backend does not run this model, or None if it does."""
+        if model.embed_dim <= MAX_WIDTH and model.head_dim <= MAX_HEAD_DIM:
+            return None
+        return (
+            f"the {cls.name} backend accepts embed_dim up to {MAX_WIDTH} and head_dim up to {MAX_HEAD_DIM}, "
+            f"got {model.embed_dim} and {model.head_dim}"
+        )
 
     def _prepare(self, strict_jit: bool) -> None:
         """Settle this process's Triton mode, or say why it cannot be."""
@@ -122,11 +133,17 @@ class TritonBackend(Backend):
 
     def _warm_up(self) -> None:
         """Compile what steps will ask for; what is compiled after that, ``jit`` counts, logs or refuses."""
-        from engine.backends import triton_jit
+        from engine.backends import triton_compile, triton_jit
 
-        if not self.jit.warm:
-            triton_jit.warm_up(self.submit, self._model)
-            self.jit.warm = True
+        if self.jit.warm:
+            return
+        _log.info("warming up: the first start of a model on a machine compiles its kernels; Triton keeps them")
+        started = time.monotonic()
+        dtype = str(self._dtype).removeprefix("torch.")
+        triton_compile.compile_ahead(self._model, dtype, self._block_size, self._dependent_launch, self._device)
+        triton_jit.warm_up(self.submit, self._model)
+        self.jit.warm = True
+        _log.info("warm after %.1f s", time.monotonic() - started)
 
     def submit(self, batch: Batch) -> Handle:
         num_blocks = self._step.cache.shape[2] if self._step.cache.dim() == 6 else 0

@@ -10,9 +10,10 @@ returns memory to the driver only by ``cudaFree``, which waits for the device. A
 it was captured with, and goes on using those.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,9 @@ import torch
 
 TYPES = {"i4": torch.int32, "u4": torch.int32, "i8": torch.int64, "u8": torch.int64, "f4": torch.float32}
 ALIGN = 16  # bytes, and elements of a row: the compiler specialises on both
+MOST_LAYOUTS = 256  # whose views a slot keeps
 Arrays = Mapping[str, npt.NDArray[Any]]
+Words = TypeVar("Words", torch.Tensor, npt.NDArray[Any])
 
 
 def aligned(count: int) -> int:
@@ -37,7 +40,7 @@ class Buffers:
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of this shape and type. New ones are zero; what an old one holds is left."""
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or len(flat) < count:
             size = 1 << (max(count, ALIGN) - 1).bit_length()
@@ -62,24 +65,31 @@ class Layout:
     @staticmethod
     def of(arrays: Arrays) -> "Layout":
         """Arrays one after the other, each at a multiple of ``ALIGN`` bytes."""
+        return Layout.of_shapes({name: (array.shape, array.dtype) for name, array in arrays.items()})
+
+    @staticmethod
+    def of_shapes(shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> "Layout":
+        """The layout of arrays of these shapes and types."""
         places, size = [], 0
-        for name, array in arrays.items():
-            places.append((name, size, array.shape, array.dtype.str[1:]))
-            size += aligned(array.nbytes)
+        for name, (shape, dtype) in shapes.items():
+            places.append((name, size, shape, dtype.str[1:]))
+            size += aligned(math.prod(shape) * dtype.itemsize)
         return Layout(tuple(places), size)
 
-    def write(self, arrays: Arrays, packed: npt.NDArray[np.uint8]) -> None:
-        """Copy the arrays into ``packed``."""
-        for name, start, _, _ in self.places:
-            array = arrays[name]
-            packed[start : start + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
+    def arrays(self, packed: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        """The arrays as views of ``packed``."""
+        found = {}
+        for name, start, shape, kind in self.places:
+            dtype = np.dtype(kind)
+            found[name] = packed[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        return found
 
     def views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """The arrays as tensors in ``packed``, uint8."""
         found = {}
         for name, start, shape, kind in self.places:
             dtype = TYPES[kind]
-            count = int(np.prod(shape, dtype=np.int64))
+            count = math.prod(shape)
             found[name] = packed[start : start + count * dtype.itemsize].view(dtype).view(shape)
         return found
 
@@ -101,44 +111,70 @@ class DrawnLayout:
         """int32 words."""
         return 4 * aligned(self.rows) + 2 * aligned(self.rows * self.top)
 
-    def split(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+    def split(self, packed: Words) -> dict[str, Words]:
         """The parts of ``packed`` [size] int32: tokens, ranks, status, logprobs [R], top_ids, top_logprobs [R, N]."""
         row, block = aligned(self.rows), aligned(self.rows * self.top)
         tokens, ranks, status, logprobs = (packed[i * row : i * row + self.rows] for i in range(4))
-        ids, values = (packed[4 * row + i * block :][: self.rows * self.top].view(self.rows, self.top) for i in (0, 1))
+        ids, values = (
+            packed[4 * row + i * block :][: self.rows * self.top].reshape(self.rows, self.top) for i in (0, 1)
+        )
+        floats: Any = torch.float32 if isinstance(packed, torch.Tensor) else np.float32
         return {
             "tokens": tokens,
-            "logprobs": logprobs.view(torch.float32),
+            "logprobs": logprobs.view(floats),
             "ranks": ranks,
             "status": status,
             "top_ids": ids,
-            "top_logprobs": values.view(torch.float32),
+            "top_logprobs": values.view(floats),
         }
 
 
 class Slot:
-    """Host memory of one step in flight, pinned for a GPU, and the event after which it is free again."""
+    """Host memory of one step in flight, pinned for a GPU, and the event after which it is free again.
+
+    What it is asked for again is not made again: views of its memory take longer to make than to write.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
         self._event = torch.cuda.Event() if self._pinned else None  # type: ignore[no-untyped-call]
         self._up = self._down = torch.empty(0, dtype=torch.uint8)
+        self._uploads: dict[int, tuple[Layout, dict[str, npt.NDArray[Any]], torch.Tensor]] = {}  # by the layout's id
+        self._downloads: dict[int, torch.Tensor] = {}  # by their bytes
 
     def _room(self, old: torch.Tensor, size: int) -> torch.Tensor:
         if len(old) >= size:
             return old
+        self._uploads.clear()
+        self._downloads.clear()
         return torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, pin_memory=self._pinned)
 
-    def upload(self, layout: Layout, arrays: Arrays, packed: torch.Tensor) -> None:
-        """Queue a copy of the arrays to ``packed`` on the device, in one transfer."""
-        self._up = self._room(self._up, layout.size)
-        layout.write(arrays, self._up.numpy())
-        packed.copy_(self._up[: layout.size], non_blocking=True)
+    def arrays(self, layout: Layout) -> dict[str, npt.NDArray[Any]]:
+        """Where the arrays of an upload go. They hold what earlier ones left."""
+        return self._upload(layout)[1]
+
+    def _upload(self, layout: Layout) -> tuple[Layout, dict[str, npt.NDArray[Any]], torch.Tensor]:
+        found = self._uploads.get(id(layout))
+        if found is None:
+            if len(self._uploads) >= MOST_LAYOUTS:
+                self._uploads.clear()
+            self._up = self._room(self._up, layout.size)
+            found = layout, layout.arrays(self._up.numpy()), self._up[: layout.size]
+            self._uploads[id(layout)] = found  # which keeps the layout, so that no other one gets its id
+        return found
+
+    def upload(self, layout: Layout, packed: torch.Tensor) -> None:
+        """Queue a copy of ``arrays(layout)`` to ``packed`` on the device, in one transfer."""
+        packed.copy_(self._upload(layout)[2], non_blocking=True)
 
     def download(self, packed: torch.Tensor) -> None:
         """Queue a copy of ``packed``, int32, to the host."""
-        self._down = self._room(self._down, packed.nbytes)
-        self._down[: packed.nbytes].view(torch.int32).copy_(packed, non_blocking=True)
+        size = packed.nbytes
+        target = self._downloads.get(size)
+        if target is None:
+            self._down = self._room(self._down, size)
+            target = self._downloads[size] = self._down[:size].view(torch.int32)
+        target.copy_(packed, non_blocking=True)
 
     def record(self) -> None:
         """The step ends here: ``wait`` waits for what is queued up to now."""
@@ -152,8 +188,8 @@ class Slot:
 
     def downloaded(self, layout: DrawnLayout, rows: int) -> dict[str, npt.NDArray[Any]]:
         """Copies of the first ``rows`` drawn rows; after ``wait``."""
-        parts = layout.split(self._down[: 4 * layout.size].view(torch.int32))
-        return {name: part[:rows].numpy().copy() for name, part in parts.items()}
+        parts = layout.split(self._downloads[4 * layout.size].numpy())
+        return {name: part[:rows].copy() for name, part in parts.items()}
 
 
 class Slots:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.backends.triton_buffers import Arrays
+from engine.backends.triton_buffers import Arrays, Layout
 
 SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, 257, 32))  # rows of a padded batch
+ROW_IDS = np.arange(SIZES[-1], dtype=np.int32)
 MAX_GRAPHS = 128  # that are kept; the one that was not used for longest goes
 FILL = {"slots": -1, "previous_rows": -1, "allowed": 0xFFFFFFFF, "top_p": 1, "repetition_penalty": 1}  # others: 0
 PER_SEQUENCE = (
@@ -42,18 +42,28 @@ def padded_length(longest: int, split: int, context_length: int) -> int:
     return min(splits * split, context_length)
 
 
-def pad(arrays: Arrays, rows: int, table_width: int) -> dict[str, npt.NDArray[Any]]:
-    """A decode step's arrays for ``rows`` rows, the rest padding, and block tables of ``table_width`` columns."""
-    padded: dict[str, npt.NDArray[Any]] = {"row_ids": np.arange(rows, dtype=np.int32)}
+def padded_layout(arrays: Arrays, rows: int, table_width: int) -> Layout:
+    """Where a decode step's arrays lie, each of ``rows`` rows, with block tables of ``table_width`` columns."""
+    shapes = {}
     for name, array in arrays.items():
-        if name == "row_ids":
-            continue
         assert name in PER_SEQUENCE, f"nobody knows how to pad {name}"
-        shape = (rows, table_width) if name == "block_tables" else (rows, *array.shape[1:])
-        padded[name] = np.full(shape, FILL.get(name, 0), array.dtype)
-        columns = array[:, :table_width] if name == "block_tables" else array
-        padded[name][tuple(slice(size) for size in columns.shape)] = columns
-    return padded
+        shapes[name] = (rows, *((table_width,) if name == "block_tables" else array.shape[1:])), array.dtype
+    return Layout.of_shapes(shapes | {"row_ids": ((rows,), np.dtype(np.int32))})
+
+
+def write_padded(arrays: Arrays, padded: Arrays) -> None:
+    """Write a decode step's arrays to ``padded``, as ``padded_layout`` has them; what is left of each is padding."""
+    for name, array in arrays.items():
+        target, rows = padded[name], len(array)
+        if name == "block_tables":
+            width = target.shape[1]
+            target[:rows, : array.shape[1]] = array[:, :width]
+            target[:rows, array.shape[1] :] = 0
+        else:
+            target[:rows] = array
+        if rows < len(target):
+            target[rows:] = FILL.get(name, 0)
+    padded["row_ids"][:] = ROW_IDS[: len(padded["row_ids"])]
 
 
 class Graph(Protocol):
@@ -126,6 +136,7 @@ class Captured:
     """A graph, the packed input that it reads, the logits it leaves, and everything else that it has pointers to."""
 
     graph: Graph
+    layout: Layout
     inputs: torch.Tensor
     logits: torch.Tensor | None
     kept: tuple[torch.Tensor, ...]

@@ -43,11 +43,13 @@ def choose_head(batch: SamplingBatch, vocab_size: int) -> tuple[bool, bool]:
     changes its logits: it is 1.
     """
     sampled = batch.temperature != 0
-    top_k = (batch.top_k > 0) & (batch.top_k < vocab_size)
-    filtered = sampled & (top_k | (batch.top_p < 1) | (batch.min_p > 0))
-    edited = any(given is not None for given in (batch.output_counts, batch.logit_bias, batch.allowed))
-    unknown_ranks = edited or bool(sampled.any())
-    return not filtered.any(), batch.num_logprobs > 0 or (batch.ranks and unknown_ranks)
+    any_sampled = bool(sampled.any())
+    filtered = False
+    if any_sampled:
+        top_k = (batch.top_k > 0) & (batch.top_k < vocab_size)
+        filtered = bool((sampled & (top_k | (batch.top_p < 1) | (batch.min_p > 0))).any())
+    edited = batch.output_counts is not None or batch.logit_bias is not None or batch.allowed is not None
+    return not filtered, batch.num_logprobs > 0 or (batch.ranks and (edited or any_sampled))
 
 
 def ascending(sparse: Sparse) -> Sparse:

@@ -20,7 +20,8 @@ from engine.config import ModelConfig
 _log = logging.getLogger("engine.triton")
 _watching: ContextVar["JitWatch | None"] = ContextVar("watching", default=None)
 
-ROWS = (65, 64, 32, 1)  # rows of a step: the most of each choice of tiles, and more than any
+ROWS = (257, 256, 64, 32, 16, 4)  # of a step: the most of each choice of tiles, and more than any
+HEAD_ROWS = (64, 32, 16)  # those of them at which the head's tiles change
 PREFILL = 17  # tokens of one sequence from which attention takes its tiles for many queries
 
 
@@ -97,6 +98,7 @@ def _steps(model: ModelConfig) -> Iterator[Batch]:
     yield _batch([prompt], _sampling(1, 0.0))
     for rows in ROWS:
         yield _batch([1] * rows, _sampling(rows, 0.0))
+    for rows in HEAD_ROWS:
         sparse = Sparse(np.arange(rows + 1, dtype=np.int32), np.zeros(rows, np.int32), np.ones(rows, np.float32))
         mask = np.full((rows, -(-model.vocab_size // 32)), 2**32 - 1, np.uint32)
         for top_k, bias, allowed in product((0, 1), (None, sparse), (None, mask)):

@@ -5,7 +5,7 @@ Importing this module imports Triton, which fixes for the whole process whether 
 sampling; or, where a graph was captured of those, the upload and the graph. Nothing in it waits for the device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +15,16 @@ import torch
 
 from engine.backends.base import Batch
 from engine.backends.triton_buffers import Buffers, DrawnLayout, Layout, Slot, Slots, aligned
-from engine.backends.triton_graphs import Captured, Graphs, capture, pad, padded_length, padded_rows
+from engine.backends.triton_graphs import (
+    ROW_IDS,
+    Captured,
+    Graphs,
+    capture,
+    padded_layout,
+    padded_length,
+    padded_rows,
+    write_padded,
+)
 from engine.backends.triton_head import Head, device_options, sampling_arrays
 from engine.backends.triton_weights import PackedModel
 from engine.config import ModelConfig
@@ -26,7 +35,7 @@ DRAWN_WORDS = 1 << 16  # int32 words at one address for what a step draws; a ste
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """All that the launches of a step depend on besides what its buffers hold: a graph is captured of one."""
+    """All that the launches of a step depend on besides what its buffers hold."""
 
     layout: Layout
     choice: tiles.AttentionTiles
@@ -99,87 +108,105 @@ class TritonStep:
 
     def run(self, batch: Batch) -> StepTensors:
         """Queue one step."""
-        arrays, program = self._program(batch)
-        decode = self._is_decode(batch)
-        if decode:
-            arrays, program = self._padded(arrays, program)
-        captured = self.graphs.get(program) if decode and self.graphs is not None else None
-        size = program.layout.size
-        inputs = self._buffers.get("inputs", (size,), torch.uint8) if captured is None else captured.inputs
-        slot = self.slots.take()
-        slot.upload(program.layout, arrays, inputs)
-        if captured is None:
-            logits, packed = self._launch_first(program, inputs, decode)
-        else:
-            captured.graph.replay()
-            logits, packed = captured.logits, self._drawn
-        head = program.head
-        asked = None if logits is None or not head.asked else logits[head.draws :]
-        if asked is not None and decode:
-            asked = asked[: len(batch.logits_rows)].clone()  # the caller keeps them, the next step writes there again
-        if not head.draws:
-            return StepTensors(slot, 0, None, None, asked)
-        self._drawn_before, self.num_drawn = packed, len(batch.draw_rows)
-        drawn = DrawnLayout(head.draws, head.top)
-        return StepTensors(slot, self.num_drawn, drawn, packed[: drawn.size], asked)
+        rows = self._graph_rows(batch)
+        return self._run_eagerly(batch) if rows is None else self._run_decode(batch, rows)
 
-    def _program(self, batch: Batch) -> tuple[dict[str, npt.NDArray[np.generic]], Program]:
-        """A step's arrays, and what its launches are."""
+    def _run_eagerly(self, batch: Batch) -> StepTensors:
+        """Queue a step's launches one by one."""
         most_queries = int(np.diff(batch.query_starts).max())
         choice = tiles.attention_tiles(self._model.head_dim, self._dtype.itemsize, most_queries)
+        arrays = self._arrays(batch)
+        arrays["query_tiles"] = attention.query_tiles(batch.query_starts, batch.positions, choice.block_q)
+        arrays["row_ids"] = np.concatenate([batch.draw_rows, batch.logits_rows]).astype(np.int32)
+        layout, head = Layout.of(arrays), Head.of(batch, self._model.vocab_size)
+        inputs, slot = self._buffers.get("inputs", (layout.size,), torch.uint8), self.slots.take()
+        for name, place in slot.arrays(layout).items():
+            place[...] = arrays[name]
+        slot.upload(layout, inputs)
+        program = Program(layout, choice, int(batch.context_lens.max()), head)
+        logits, packed = self._launch_first(program, inputs, None)
+        return self._left(slot, head, len(batch.draw_rows), packed, logits)
+
+    def _run_decode(self, batch: Batch, rows: int) -> StepTensors:
+        """Queue a step as a graph of ``rows`` rows, which is captured where there is none."""
+        assert self.graphs is not None
+        arrays, model = self._arrays(batch), self._model
+        arrays["query_tiles"] = attention.query_tiles_of_decode(batch.positions)
+        longest = padded_length(int(batch.context_lens.max()), self._paging.split, model.context_length)
+        head = Head.of(batch, model.vocab_size)
+        head = replace(head, draws=rows if head.draws else 0, asked=rows if head.asked else 0)
+        key = rows, longest, head, tuple(arrays)
+        captured, slot = self.graphs.get(key), self.slots.take()
+        if captured is not None:
+            layout, inputs = captured.layout, captured.inputs
+        else:
+            layout = padded_layout(arrays, rows, tiles.cdiv(longest, self._paging.block_size))
+            inputs = self._buffers.get("inputs", (layout.size,), torch.uint8)
+        write_padded(arrays, slot.arrays(layout))
+        slot.upload(layout, inputs)
+        if captured is not None:
+            captured.graph.replay()
+            logits, packed = captured.logits, self._drawn
+        else:
+            choice = tiles.attention_tiles(model.head_dim, self._dtype.itemsize, 1)
+            logits, packed = self._launch_first(Program(layout, choice, longest, head), inputs, key)
+        if logits is not None and head.asked:
+            logits = logits[: len(batch.logits_rows)].clone()  # the caller keeps them; the next step writes there again
+        return self._left(slot, head, len(batch.draw_rows), packed, logits)
+
+    def _left(
+        self, slot: Slot, head: Head, draws: int, packed: torch.Tensor, logits: torch.Tensor | None
+    ) -> StepTensors:
+        """What a step leaves: of ``head.draws`` rows the first ``draws`` are real."""
+        asked = None if logits is None or not head.asked else logits[head.draws :]
+        if not head.draws:
+            return StepTensors(slot, 0, None, None, asked)
+        self._drawn_before, self.num_drawn = packed, draws
+        drawn = DrawnLayout(head.draws, head.top)
+        return StepTensors(slot, draws, drawn, packed[: drawn.size], asked)
+
+    def _arrays(self, batch: Batch) -> dict[str, npt.NDArray[np.generic]]:
+        """What a step uploads, but for query tiles and row ids."""
         arrays: dict[str, npt.NDArray[np.generic]] = {
             "token_ids": batch.token_ids,
             "positions": batch.positions,
             "slots": batch.slots,
             "block_tables": batch.block_tables,
-            "query_tiles": attention.query_tiles(batch.query_starts, batch.positions, choice.block_q),
-            "row_ids": np.concatenate([batch.draw_rows, batch.logits_rows]).astype(np.int32),
             "previous_rows": np.full_like(batch.token_ids, -1) if batch.previous_rows is None else batch.previous_rows,
         }
         if batch.block_copies is not None:
             arrays["block_copies"] = batch.block_copies.astype(np.int64)
         if batch.sampling is not None:
             arrays |= sampling_arrays(batch.sampling)
-        head = Head.of(batch, self._model.vocab_size)
-        return arrays, Program(Layout.of(arrays), choice, int(batch.context_lens.max()), head)
+        return arrays
 
-    def _is_decode(self, batch: Batch) -> bool:
-        """Whether a graph serves this step: a token a sequence, all drawn from or all asked for, no lists of ids."""
+    def _graph_rows(self, batch: Batch) -> int | None:
+        """Rows of the graph that serves this step: of a token a sequence, all drawn from or all asked for, no lists
+        of ids. None where no graph does."""
         rows, options = len(batch.token_ids), batch.sampling
-        wanted = np.concatenate([batch.draw_rows, batch.logits_rows])
-        lists = options is not None and (options.output_counts is not None or options.logit_bias is not None)
-        return (
-            self.graphs is not None
-            and padded_rows(rows) is not None
-            and len(batch.query_starts) == rows + 1
-            and (len(batch.draw_rows) == 0 or len(batch.logits_rows) == 0)
-            and np.array_equal(wanted, np.arange(rows))
-            and batch.block_copies is None
-            and not lists
-            and (batch.previous_rows is None or self._drawn_before is self._drawn)
-        )
-
-    def _padded(
-        self, arrays: Mapping[str, npt.NDArray[np.generic]], program: Program
-    ) -> tuple[dict[str, npt.NDArray[np.generic]], Program]:
-        """The same step with padding, so that one graph serves many."""
-        rows = padded_rows(len(arrays["token_ids"]))
-        assert rows is not None
-        longest = padded_length(program.longest, self._paging.split, self._model.context_length)
-        padded = pad(arrays, rows, tiles.cdiv(longest, self._paging.block_size))
-        old = program.head
-        head = replace(old, draws=rows if old.draws else 0, asked=rows if old.asked else 0)
-        return padded, Program(Layout.of(padded), program.choice, longest, head)
+        drawn, asked = len(batch.draw_rows), len(batch.logits_rows)
+        if (
+            self.graphs is None
+            or rows > len(ROW_IDS)
+            or len(batch.query_starts) != rows + 1
+            or (drawn, asked) not in ((rows, 0), (0, rows))
+            or batch.block_copies is not None
+            or (options is not None and (options.output_counts is not None or options.logit_bias is not None))
+            or (batch.previous_rows is not None and self._drawn_before is not self._drawn)
+            or not ((batch.draw_rows if drawn else batch.logits_rows) == ROW_IDS[:rows]).all()
+        ):
+            return None
+        return padded_rows(rows)
 
     def _launch_first(
-        self, program: Program, packed: torch.Tensor, decode: bool
+        self, program: Program, packed: torch.Tensor, key: Hashable
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Queue the launches one by one, and capture a decode step's: (logits if any, packed drawn rows)."""
+        """Queue the launches one by one, and capture them where there is a key: (logits if any, packed drawn rows)."""
         inputs, head = program.layout.views(packed), program.head
         if "block_copies" in inputs:
             source, destination = inputs["block_copies"].unbind(1)
             self.cache[:, :, destination] = self.cache[:, :, source]
-        logits = self._room_for_logits(head, decode)
+        logits = self._room_for_logits(head, key is not None)
         size = DrawnLayout(head.draws, head.top).size
         drawn = self._drawn
         if size > len(drawn):
@@ -189,11 +216,12 @@ class TritonStep:
         def launch() -> None:
             self._outputs(self._layers(inputs, program, before), inputs, head, logits, drawn)
 
-        if decode and self.graphs is not None:
+        if key is not None and self.graphs is not None:
             before = self._drawn  # where a graph finds them; the step before left none that count elsewhere
             launch()
             graph = capture(self._device, launch)
-            self.graphs.put(program, Captured(graph, packed, logits, (*self._buffers.tensors(), self._drawn)))
+            kept = (*self._buffers.tensors(), self._drawn)
+            self.graphs.put(key, Captured(graph, program.layout, packed, logits, kept))
         else:
             launch()
         return logits, drawn
@@ -208,8 +236,8 @@ class TritonStep:
             return torch.empty(shape, dtype=torch.float32, device=self._device)[:, :vocab_size]
         return self._buffers.get("logits", shape, torch.float32)[:, :vocab_size]
 
-    def _layers(self, inputs: Mapping[str, torch.Tensor], program: Program, before: torch.Tensor) -> "linear.Norm":
-        """Embedding and blocks. The residual stream is then in buffer "x0"; returns the final norm with statistics.
+    def _layers(self, inputs: Mapping[str, torch.Tensor], program: Program, before: torch.Tensor) -> torch.Tensor:
+        """Embedding, blocks and final norm: the normalised rows [T, width].
 
         ``before`` has the tokens that the step before drew. Nothing but kernels runs, on buffers and ``inputs``.
         """
@@ -217,40 +245,38 @@ class TritonStep:
         choice, longest = program.choice, program.longest
         rows, width = len(inputs["token_ids"]), model.embed_dim
         x0, x1 = get("x0", (rows, width), torch.float32), get("x1", (rows, width), torch.float32)
-        stats0, stats1 = (get(name, (2, aligned(rows)), torch.float32)[:, :rows] for name in ("stats0", "stats1"))
+        normed = get("normed", (rows, width), dtype)  # a linear reads it before the next one with a residual writes it
         q, attended = get("q", (rows, width), dtype), get("attended", (rows, width), dtype)
         hidden = get("hidden", (rows, model.hidden_dim), dtype)
         workspace = self._workspace(rows)
         partials, counters = attention.scratch_sizes(rows, len(inputs["query_tiles"]), self._paging, choice, longest)
         attention_partials = get("attention_partials", (partials,), torch.float32)
         attention_counters = get("attention_counters", (counters,), torch.int32)
-        tok, eps = self.packed.tok_emb, model.norm_eps
+        tok, eps, blocks = self.packed.tok_emb, model.norm_eps, self.packed.blocks
         embedding.embedding(
             inputs["token_ids"], inputs["previous_rows"], before, inputs["positions"], tok.data,
-            self.packed.pos_emb, x0, stats0[0], stats0[1], eps, self._dependent,
+            self.packed.pos_emb, x0, *blocks[0].norm1, normed, eps, self._dependent,
         )  # fmt: skip
-        for layer, block in enumerate(self.packed.blocks):
+        following = [block.norm1 for block in blocks[1:]] + [self.packed.final_norm]
+        for layer, (block, next_norm) in enumerate(zip(blocks, following, strict=True)):
             k, v = self.cache[layer]
             cache = linear.KVCache(k, v, inputs["slots"])
-            norm1, norm2 = linear.Norm(*block.norm1, *stats0), linear.Norm(*block.norm2, *stats1)
-            after_attention = linear.Residual(x0, stats1[0], stats1[1], eps)
-            after_block = linear.Residual(x1, stats0[0], stats0[1], eps)
-            run = partial(linear.linear, workspace=workspace, dtype=dtype, dependent=self._dependent)
-            run(x0, *block.qkv, q, norm=norm1, cache=cache)
+            run = partial(linear.linear, workspace=workspace, dependent=self._dependent)
+            run(normed, *block.qkv, q, cache=cache)
             attention.attention(
                 q, k, v, inputs["block_tables"], inputs["query_tiles"], attended, attention_partials,
                 attention_counters, self._paging, model.attn_scales[layer], choice, longest,
                 self._dependent,
             )  # fmt: skip
-            run(attended, *block.proj, x1, residual=after_attention)
-            run(x1, *block.fc, hidden, norm=norm2, activation=model.activation)
-            run(hidden, *block.fc2, x0, residual=after_block)
-        return linear.Norm(*self.packed.final_norm, *stats0)
+            run(attended, *block.proj, x1, residual=linear.Residual(x0, *block.norm2, normed, eps))
+            run(normed, *block.fc, hidden, activation=model.activation)
+            run(hidden, *block.fc2, x0, residual=linear.Residual(x1, *next_norm, normed, eps))
+        return normed
 
     def _workspace(self, rows: int) -> "linear.Workspace":
         size, width, hidden = self._dtype.itemsize, self._model.embed_dim, self._model.hidden_dim
-        shapes = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
-        needed = [linear.Workspace.needed(rows, out, inner, size) for out, inner in shapes]
+        shapes = ((3 * width, width, False), (width, width, True), (hidden, width, False), (width, hidden, True))
+        needed = [linear.Workspace.needed(rows, out, inner, size, residual) for out, inner, residual in shapes]
         partials, tile_counters, row_counters = (max(column) for column in zip(*needed, strict=True))
         get = self._buffers.get
         return linear.Workspace(
@@ -261,24 +287,22 @@ class TritonStep:
 
     def _outputs(
         self,
-        final: "linear.Norm",
+        x: torch.Tensor,
         inputs: Mapping[str, torch.Tensor],
         head: Head,
         y: torch.Tensor | None,
         packed: torch.Tensor,
     ) -> None:
-        """Head and sampling: logits ``y`` of the drawn rows first, then of the rows asked for; drawn rows, packed."""
+        """Head on normalised rows x, and draws: logits ``y`` of the drawn rows first, then of the rows asked for."""
         if head.draws + head.asked == 0:
             return
-        rows, width = len(inputs["token_ids"]), self._model.embed_dim
-        x = self._buffers.get("x0", (rows, width), torch.float32)
         layout = DrawnLayout(head.draws, head.top)
         drawn = sampling.Drawn(**layout.split(packed[: layout.size]))
         if head.fused:
-            self._draw_fused(x, final, inputs, head, drawn)
+            self._draw_fused(x, inputs, head, drawn)
             return
         assert y is not None
-        logits.logits(x, self.packed.head, final, inputs["row_ids"], y, self._dtype, self._dependent)
+        logits.logits(x, self.packed.head, inputs["row_ids"], y, self._dependent)
         if head.draws:
             options = device_options(inputs)
             edited = options.output_counts is not None or options.logit_bias is not None
@@ -287,12 +311,7 @@ class TritonStep:
             sampling.sampling(y[: head.draws], options, drawn, scratch)
 
     def _draw_fused(
-        self,
-        x: torch.Tensor,
-        final: "linear.Norm",
-        inputs: Mapping[str, torch.Tensor],
-        head: Head,
-        drawn: "sampling.Drawn",
+        self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor], head: Head, drawn: "sampling.Drawn"
     ) -> None:
         """Draw without logits in memory; a second launch counts ranks and collects the top N where they are read."""
         get = self._buffers.get
@@ -303,8 +322,6 @@ class TritonStep:
             get("head_counters", (counters,), torch.int32),
         )
         matrix, row_ids, options = self.packed.head, inputs["row_ids"], device_options(inputs)
-        head_sample.head_sample(
-            x, matrix, final, row_ids, options, drawn, scratch, self._dtype, head.ranks, self._dependent
-        )  # fmt: skip
+        head_sample.head_sample(x, matrix, row_ids, options, drawn, scratch, head.ranks, self._dependent)
         if head.ranks:
-            head_ranks.head_ranks(x, matrix, final, row_ids, drawn, scratch, self._dtype)
+            head_ranks.head_ranks(x, matrix, row_ids, drawn, scratch)

@@ -191,11 +191,13 @@ def _show_sample(console: Console, llm: LLM) -> None:
 
 
 def _loops(llm: LLM, reference: GPTModel, prompt: list[int], steps: int) -> dict[str, LoopResult]:
-    naive = measure_loop(reference, prompt, steps)
+    device = torch.device(llm.device)
+    reference = reference.to(device)
+    naive = measure_loop(reference, prompt, steps, device)
     fast = optimize(reference, backend=llm.backend.name, threads=llm.engine_config.threads)
     return {
         "naive loop": naive,
-        "engine.optimize, same loop": measure_loop(fast, prompt, steps),
+        "engine.optimize, same loop": measure_loop(fast, prompt, steps, device),
         "LLM.generate": measure_engine_loop(llm, prompt, steps),
     }
 

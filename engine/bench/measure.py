@@ -52,9 +52,10 @@ class BatchResult:
         return self.decode_tokens_per_second / self.ceiling(bandwidth)
 
 
-def measure_loop(model: Callable[[torch.Tensor], torch.Tensor], prompt: Sequence[int], steps: int) -> LoopResult:
+def measure_loop(
+    model: Callable[[torch.Tensor], torch.Tensor], prompt: Sequence[int], steps: int, device: torch.device
+) -> LoopResult:
     """The course page's loop, greedy, on any module or function from ids ``[1, T]`` to logits ``[1, T, V]``."""
-    device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
     context = torch.tensor([list(prompt)], device=device)
     with torch.no_grad():
         model(context[:, -8:])  # what a first call sets up is not the loop's; of the prompt itself it shows nothing
@@ -128,9 +129,10 @@ def step_bytes(model: ModelConfig, dtype: str, batch: int, context: int) -> int:
 def read_bandwidth(device: str, seconds: float = 1.0) -> float:
     """Bytes a second that PyTorch's threads stream from memory: the best of several readers.
 
-    The buffer, 256 MiB, is larger than any cache that this is likely to meet.
+    The buffer, 256 MiB, is larger than any cache that this is likely to meet; on a GPU, where starting and waiting
+    take longer than reading that much, it is 2 GiB.
     """
-    data = torch.ones(1 << 26, device=device)
+    data = torch.ones(1 << (29 if device.startswith("cuda") else 26), device=device)
     matrix, vector = data.view(-1, 1024), torch.ones(1024, device=device)
     readers: tuple[Callable[[], torch.Tensor], ...] = (
         lambda: data.sum(),

@@ -82,7 +82,7 @@ def _linear(machine: Machine, kind: str, rows: int) -> dict[str, Any]:
     partials, *counters = linear.Workspace.needed(rows, n, k, dtype.itemsize)
     zeros = [torch.zeros(count, dtype=torch.int32, device=machine.device) for count in counters]
     workspace = linear.Workspace(torch.empty(partials, device=machine.device), *zeros)
-    linear.linear(x, weights, bias, y, workspace, dtype=dtype)
+    linear.linear(x, weights, bias, y, workspace)
     oracle = x.double() @ unpack(weights).double().T
     error = ((y - oracle).norm() / oracle.norm()).item()
     return {"relative error": error, "ok": error < 1e-2}

@@ -9,6 +9,7 @@ from backend_driver import BLOCK, Driver, random_weights
 
 from engine.backends import registry
 from engine.backends.base import Backend
+from engine.backends.triton_compile import target_of
 from engine.checkpoints.canonical import canonical_shapes
 from engine.config import ModelConfig
 
@@ -54,12 +55,7 @@ class Machine:
     @property
     def target(self) -> str | None:
         """What ``kernels/offline.py`` calls this GPU; None where it does not know it or nothing is compiled."""
-        from kernels.offline import TARGETS
-
-        if not self.on_gpu or torch.version.hip is not None:
-            return None
-        major, minor = torch.cuda.get_device_capability()
-        return f"sm_{major}{minor}" if f"sm_{major}{minor}" in TARGETS else None
+        return target_of(torch.device(self.device))
 
     def driver(
         self, model: ModelConfig, dtype: str, blocks: int, adapter: type[Backend] | None = None, **options: Any
