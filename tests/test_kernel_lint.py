@@ -10,13 +10,9 @@ KERNELS = ROOT / "kernels"
 FILES = sorted(KERNELS.glob("*.py"))
 OPERATORS = [path for path in FILES if "\ndef cost(" in path.read_text()]
 INTEGER_SUMS = {  # every tl.sum there may be: over integers, where no order changes the result
-    "tl.sum(((raw != raw) | (raw == float('inf'))).to(tl.int32))",
-    "tl.sum((raw > chosen).to(tl.int32))",
-    "tl.sum(above.to(tl.int32), axis=0)",
-    "tl.sum(tl.where(bits >= t + one, weight, 0))",
-    "tl.sum(tl.where(bits >= t + one * 2, weight, 0))",
-    "tl.sum(tl.where(bits >= t + one * 3, weight, 0))",
-    "tl.sum(tl.where(ordered_bits(x) >= floor, _mass(x, maximum), 0))",
+    "tl.sum(above.to(tl.int32), axis=0)",  # head_ranks
+    *(f"tl.sum({name})" for name in ("n1", "n2", "n3", "whole")),  # sampling: counts, or masses in fixed point, int64
+    "tl.sum(above)",  # sampling: int32
 }
 
 
