@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ KNOWN_SPILLS = {  # bytes, by target, model, dtype, launch and BLOCK_T: what is 
     ("sm_90", "gpt2-large", "int4", "head_ranks", 32): 32,
     ("sm_90", "gpt2-xl", "int4", "head_ranks", 32): 32,
 }
+SPILLS_OF_3_9 = {("sm_90", "gpt2", "bf16", "sampling", None): 40}  # Triton's, of sampling with a mask of allowed ids
 STREAMING = (
     "qkv",
     "proj",
@@ -60,7 +62,7 @@ def compiled_mode(*command: str) -> str:
     return done.stdout
 
 
-def broken_rules(target: str, rows: list[dict[str, Any]]) -> list[str]:
+def broken_rules(target: str, rows: list[dict[str, Any]], known: Mapping[Any, int] = KNOWN_SPILLS) -> list[str]:
     """What the machine code of one target has against the rules.
 
     Warps split a product's outputs, never its sum, so that no bit depends on how they are laid: with ``mma.sync`` that
@@ -71,7 +73,7 @@ def broken_rules(target: str, rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         name = f"{row['model']} {row['dtype']} {row['launch']} {row['arguments']}"
         place = row["model"], row["dtype"], re.sub("head_(sample|ranks)", "logits", row["launch"])
-        if row["spills"] > KNOWN_SPILLS.get((target, *place[:2], row["launch"], row["arguments"].get("BLOCK_T")), 0):
+        if row["spills"] > known.get((target, *place[:2], row["launch"], row["arguments"].get("BLOCK_T")), 0):
             found.append(f"{name} spills {row['spills']} bytes")
         if row["shared"] > SHARED_LIMIT[target] * 1024:
             found.append(f"{name} takes {row['shared']} bytes of shared memory")
@@ -119,7 +121,7 @@ def test_gpt2_compiles_to_what_the_manifest_says(target: str, committed: dict[st
     made = json.loads(text)
     rows = made["targets"][target]
     assert {row["launch"] for row in rows} >= {*STREAMING, "embedding", "sampling", "layer_norm"}
-    assert broken_rules(target, rows) == []
+    assert broken_rules(target, rows, KNOWN_SPILLS | (SPILLS_OF_3_9 if made["triton"] == "3.9.0" else {})) == []
     if made["triton"] == committed["triton"]:
         assert rows == [r for r in committed["targets"][target] if (r["model"], r["dtype"]) == ("gpt2", "bf16")]
 
