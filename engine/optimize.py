@@ -10,14 +10,17 @@ import inspect
 import threading
 import types
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from engine.backends.base import Backend
 from engine.backends.registry import choose
-from engine.checkpoints.live import canonical_weights, recognise
+from engine.checkpoints.live import Recognised, canonical_weights, recognise
 from engine.execution.batch_builder import BatchBuilder
 from engine.execution.runner import Runner
 from engine.live.logits import LogitsBuffer, logits_tensor
@@ -106,9 +109,12 @@ class Accelerator:
         in_idx = self._argument(args, kwargs)
         with self._lock:
             self._check_mode()
-            self._follow_weights()
-            ids = self._check_ids(in_idx)
-            return self._logits_of(ids)
+            self._follow_signs()
+            self._check_shape(in_idx)
+            ids, differs = self._watch.compare(in_idx)
+            if differs:
+                self._update()
+            return self._logits_of(ids.numpy())
 
     def refresh(self) -> None:
         """Take all weights anew, whatever the signs say."""
@@ -137,8 +143,7 @@ class Accelerator:
         self._runner = Runner(self._backend, builder)
         self._num_rows = 0  # sequences that the KV cache has room for
         self._buffer: LogitsBuffer | None = None
-        self._structure = LiveStructure(self.module, recognised.sources)
-        self._watch = WeightWatch(self._structure.parameters)
+        self._watch_module(recognised)
         difference = self._self_check(choice.dtype, recognised.description)
         self.description = (
             f"{recognised.description}; {choice.backend.name} backend, {choice.dtype} on {choice.device}; "
@@ -164,27 +169,28 @@ class Accelerator:
                 "call eval() first"
             )
 
-    def _check_ids(self, in_idx: torch.Tensor) -> torch.Tensor:
-        """The ids on the CPU, ``[B, T]`` int64."""
-        name, model = self._input_name, self._model
+    def _follow_signs(self) -> None:
+        parameters = self._structure.parameters()
+        if parameters is None:
+            self._bind()
+        elif self._watch.touched(parameters):
+            self._update()
+
+    def _check_shape(self, in_idx: torch.Tensor) -> None:
+        name, length = self._input_name, self._model.context_length
         if in_idx.dim() != 2 or in_idx.numel() == 0 or in_idx.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{name} must be integer ids [B, T], not empty, got {in_idx.dtype} {list(in_idx.shape)}")
         if in_idx.device != self._device:
             raise ValueError(f"{name} is on {in_idx.device} and the weights are on {self._device}")
-        if in_idx.shape[1] > model.context_length:
-            raise ValueError(f"{name} has {in_idx.shape[1]} tokens and the model's context is {model.context_length}")
-        ids = in_idx.detach().to("cpu", torch.int64)
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= model.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"{name} has token id {bad}; this model's ids are 0 to {model.vocab_size - 1}")
-        return ids
+        if in_idx.shape[1] > length:
+            raise ValueError(f"{name} has {in_idx.shape[1]} tokens and the model's context is {length}")
 
-    def _follow_weights(self) -> None:
-        if not self._structure.is_attached():
-            self._bind()
-        elif self._watch.changed():
-            self._update()
+    def _check_range(self, tokens: list[int]) -> None:
+        """Refuse ids that the model does not have; those of positions that are known were asked already."""
+        most = self._model.vocab_size - 1
+        if tokens and not 0 <= min(tokens) <= max(tokens) <= most:
+            bad = next(token for token in tokens if not 0 <= token <= most)
+            raise ValueError(f"{self._input_name} has token id {bad}; this model's ids are 0 to {most}")
 
     def _update(self) -> None:
         recognised = recognise(self.module)
@@ -195,8 +201,14 @@ class Accelerator:
             return
         self._buffer = None
         self._backend.update_weights(weights)
+        self._watch_module(recognised)
+
+    def _watch_module(self, recognised: Recognised) -> None:
+        """Remember the module as it is now."""
         self._structure = LiveStructure(self.module, recognised.sources)
-        self._watch = WeightWatch(self._structure.parameters)
+        parameters = self._structure.parameters()
+        assert parameters is not None, "it was read just now"
+        self._watch = WeightWatch(parameters)
 
     def _self_check(self, dtype: str, description: str) -> float:
         """Compare with the module on a probe, whole and token by token; returns the largest logit difference."""
@@ -205,45 +217,51 @@ class Accelerator:
         wanted = plain_logits(self.module, ids, self._model)
         length = ids.shape[1]
         for end in range(length // 2 + 1, length + 1):
-            got = self._logits_of(ids[:, :end])
+            got = self._logits_of(ids[:, :end].numpy())
         self._buffer = None
         return check_logits(got.detach(), wanted, dtype, description)
 
-    def _logits_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """``[B, T]`` on the CPU to ``[B, T, V]``: what the buffer has, and the rest computed."""
-        with torch.inference_mode(False), torch.no_grad():
+    def _logits_of(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
+        """``[B, T]`` to ``[B, T, V]``: what the buffer has, and the rest computed."""
+        with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
             rows, length = ids.shape
             if rows > self._num_rows:
                 self._allocate(rows)
             buffer = LogitsBuffer.after(self._buffer, ids, self._new_tensor)
             known = buffer.length
+            plans = self._plans(ids, known)
             self._buffer = None  # until the new positions are in, nothing is known
-            with torch.autocast(self._device.type, enabled=False):
-                for plan in self._plans(ids, known):
-                    logits = self._runner.logits(plan)
-                    for part in plan.sequences:
-                        count = len(part.token_ids)
-                        buffer.write(part.seq_id, part.start, logits[:count])
-                        logits = logits[count:]
+            for plan in plans:
+                logits = self._runner.logits(plan)
+                for part in plan.sequences:
+                    count = len(part.token_ids)
+                    buffer.write(part.seq_id, part.start, logits[:count])
+                    logits = logits[count:]
             buffer.extend_to(ids)
             self._buffer = buffer if buffer.is_bounded else None
         return buffer.view(length)
 
+    def _without_autocast(self) -> AbstractContextManager[object]:
+        enabled = torch.is_autocast_enabled(self._device.type)
+        return torch.autocast(self._device.type, enabled=False) if enabled else nullcontext()
+
     def _new_tensor(self, rows: int, length: int) -> torch.Tensor:
         """Room for the logits of ``length`` positions or more; a part of the graph where the module's would be."""
-        source = next((p for p in self._structure.parameters() if p.requires_grad), None)
+        source = next((p for p in self._structure.parameters() or () if p.requires_grad), None)
         return logits_tensor(rows, length, self._model, self._dtype, self._device, source)
 
-    def _plans(self, ids: torch.Tensor, known: int) -> list[StepPlan]:
+    def _plans(self, ids: npt.NDArray[np.int64], known: int) -> list[StepPlan]:
         """Steps that run positions ``known`` to the end of every row, each within the limits of a step."""
         plans: list[StepPlan] = []
         parts: list[SequencePlan] = []
         budget = STEP_TOKENS
         for row, tokens in enumerate(ids[:, known:].tolist()):
+            self._check_range(tokens)
             first = 0
             while first < len(tokens):
                 chunk = tokens[first : first + budget]
-                table = range(row * self._blocks_each, (row + 1) * self._blocks_each)
+                first_block = row * self._blocks_each
+                table = range(first_block, first_block - (-(known + first + len(chunk)) // BLOCK_SIZE))
                 parts.append(SequencePlan(row, chunk, known + first, table, num_logits=len(chunk)))
                 first, budget = first + len(chunk), budget - len(chunk)
                 if budget == 0 or len(parts) == STEP_SEQUENCES:

@@ -1,18 +1,23 @@
 """The one-line door: the same answers, the module's own manners, every change of weights noticed."""
 
 import copy
+import functools
 import io
 import pickle
 import sys
 import threading
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from models import ODD_CONFIGS, tiny_module
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
+from engine.live import weights
 from engine.reference import GPTModel, TransformerBlock, generate_greedy, generate_sampled
 
 IDS = torch.tensor([[5, 9, 2, 44, 3]])
@@ -26,6 +31,20 @@ def fast_and_plain(**changes: object) -> tuple[GPTModel, GPTModel]:
 def same(fast: nn.Module, model: nn.Module, ids: torch.Tensor = IDS) -> bool:
     with torch.no_grad():
         return bool((fast(ids) - model(ids)).abs().max() < 1e-4)
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what PyTorch runs: the operator's name and how many elements its first argument has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            self.ran.append((func.__name__, first.numel() if isinstance(first, torch.Tensor) else 0))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("key", ODD_CONFIGS)
@@ -219,8 +238,10 @@ def test_a_backward_says_why_it_cannot() -> None:
         assert same(fast, _, longer)
 
 
-def test_autocast_is_off_inside() -> None:
-    fast, model = fast_and_plain()
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_autocast_is_off_inside(backend: str) -> None:
+    model = tiny_module()
+    fast = engine.optimize(model, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = fast(IDS)
     assert got.dtype == torch.float32
@@ -399,14 +420,78 @@ CHANGES = {
 }
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take fingerprints as they are taken of tensors on a GPU."""
+    monkeypatch.setattr(weights, "_Fingerprint", functools.partial(weights._Fingerprint, through_numpy=False))
+
+
+@pytest.mark.parametrize("as_on", ["cpu", "gpu"])
 @pytest.mark.parametrize("key", CHANGES)
-def test_new_weights_are_seen(key: str) -> None:
+def test_new_weights_are_seen(key: str, as_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if as_on == "gpu":
+        as_on_a_gpu(monkeypatch)
     fast, model = fast_and_plain()
     before = fast(IDS).detach().clone()
     CHANGES[key](model)
     assert same(fast, model)
     assert not torch.allclose(fast(IDS), before, atol=1e-3)
     assert torch.equal(generate_greedy(fast, IDS, 10), generate_greedy(model, IDS, 10))
+
+
+def varied_tensors() -> list[torch.Tensor]:
+    """Contiguous, transposed and with gaps, of 16 to 64 bits, with fewer elements than are sampled and with many."""
+    shapes = [(), (1,), (31,), (32,), (33,), (62,), (63,), (100, 7), (3, 4, 5)]
+    made = [
+        torch.randn(shape).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64) for shape in shapes
+    ]
+    return [*made, torch.randn(50, 8).t(), torch.randn(40, 9)[:, ::2], torch.zeros(0)]
+
+
+@pytest.mark.parametrize("through_numpy", [True, False])
+def test_the_fingerprint_sees_every_place_that_it_says(through_numpy: bool) -> None:
+    """The first element, others at equal distances, the last one within 30 of the end; 32 where there are as many."""
+    none = torch.empty(0, dtype=torch.int64)
+    for tensor in varied_tensors():
+        fingerprint = weights._Fingerprint([tensor], through_numpy)
+        before, _ = fingerprint.take(none)
+        seen = []
+        in_memory = tensor.t() if tensor.dim() == 2 and tensor.t().is_contiguous() else tensor
+        for place in range(tensor.numel()):
+            index = np.unravel_index(place, in_memory.shape)
+            old = in_memory[index].clone()
+            in_memory[index] = old + 1
+            now, _ = fingerprint.take(none)
+            in_memory[index] = old
+            if not all(map(np.array_equal, now, before)):
+                seen.append(place)
+        count = tensor.numel()
+        assert len(seen) >= min(count, 32), tensor.shape
+        assert len(seen) < 64
+        if count:
+            assert seen == list(range(0, count, max(1, (count - 1) // 31)))
+            assert count - 1 - seen[-1] <= 30
+
+
+def test_ids_come_with_the_fingerprint() -> None:
+    for through_numpy in (True, False):
+        fingerprint = weights._Fingerprint(varied_tensors(), through_numpy)
+        without, _ = fingerprint.take(torch.empty(0, dtype=torch.int64))
+        for ids in (IDS, IDS.int(), torch.arange(12).view(3, 4).t()):
+            values, host_ids = fingerprint.take(ids)
+            assert host_ids.dtype == torch.int64
+            assert torch.equal(host_ids, ids.long())
+            assert all(map(np.array_equal, values, without))
+
+
+def test_a_fingerprint_takes_as_many_operations_for_many_tensors_as_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each one is a launch: a call runs one concatenation, and one copy to the host."""
+    as_on_a_gpu(monkeypatch)
+    for n_layers in (1, 5):
+        fast = engine.optimize(tiny_module(n_layers=n_layers))
+        fast(IDS)
+        with Operations() as operations:
+            fast(IDS)
+        assert [name for name, _ in operations.ran] == ["cat.default"]
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}])

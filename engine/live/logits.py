@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.config import ModelConfig
@@ -55,14 +57,14 @@ class LogitsBuffer:
     used again. A buffer is replaced, never overwritten where it was read.
     """
 
-    def __init__(self, ids: torch.Tensor, tensor: torch.Tensor) -> None:
-        self._ids = ids  # [B, length], on the CPU
+    def __init__(self, ids: npt.NDArray[np.int64], tensor: torch.Tensor) -> None:
+        self._ids = ids  # [B, length]
         self._tensor = tensor  # [B, room, V]
         self._version = tensor._version
 
     @classmethod
     def after(
-        cls, old: "LogitsBuffer | None", ids: torch.Tensor, new_tensor: Callable[[int, int], torch.Tensor]
+        cls, old: "LogitsBuffer | None", ids: npt.NDArray[np.int64], new_tensor: Callable[[int, int], torch.Tensor]
     ) -> "LogitsBuffer":
         """The buffer to answer ``ids`` ``[B, T]`` with: ``old`` if it can go on, or a new one with what can be kept.
 
@@ -80,29 +82,29 @@ class LogitsBuffer:
     @property
     def length(self) -> int:
         """Positions that are known."""
-        return self._ids.shape[1]
+        return len(self._ids[0])
 
     @property
     def is_bounded(self) -> bool:
         """Whether it may be kept."""
         return self._tensor.numel() * self._tensor.element_size() <= MAX_BYTES
 
-    def common_length(self, ids: torch.Tensor) -> int:
+    def common_length(self, ids: npt.NDArray[np.int64]) -> int:
         """How many positions of ``ids`` the buffer knows: 0 after an edit in place or for another number of rows."""
         if self._tensor._version != self._version or len(ids) != len(self._ids):
             return 0
         length = min(self.length, ids.shape[1])
-        same = (self._ids[:, :length] == ids[:, :length]).all(dim=0)  # [length]
-        return length if bool(same.all()) else int(same.int().argmin())
+        same = self._ids[:, :length] == ids[:, :length]
+        return length if bool(same.all()) else int(same.all(axis=0).argmin())
 
     def write(self, row: int, start: int, logits: torch.Tensor) -> None:
         """Fill positions ``start`` on of a row with ``logits`` ``[N, V]``."""
         self._tensor[row, start : start + len(logits)] = logits
 
-    def extend_to(self, ids: torch.Tensor) -> None:
+    def extend_to(self, ids: npt.NDArray[np.int64]) -> None:
         """The positions of ``ids`` are filled now."""
         if ids.shape[1] > self.length:
-            self._ids = ids.clone()
+            self._ids = ids.copy()
         self._version = self._tensor._version
 
     def view(self, length: int) -> torch.Tensor:

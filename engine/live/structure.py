@@ -1,6 +1,7 @@
 """The parts of a live module as they were found, and whether they are still the ones attached to it."""
 
 from collections.abc import Mapping
+from operator import is_
 
 import torch
 from torch import nn
@@ -17,21 +18,23 @@ class LiveStructure:
     """
 
     def __init__(self, module: nn.Module, sources: Mapping[str, tuple[Source, ...]]) -> None:
-        self._links = [
-            (part._modules, name, child) for part in module.modules() for name, child in part._modules.items()
-        ]
-        self._places = [(owner._parameters, name) for found in sources.values() for owner, name in found]
+        links = [(part._modules, name, child) for part in module.modules() for name, child in part._modules.items()]
+        self._links = [children for children, _, _ in links], [name for _, name, _ in links]
+        self._children = [child for _, _, child in links]
+        places = [place for found in sources.values() for place in found]
+        self._places = [owner._parameters for owner, _ in places], [name for _, name in places]
         self._dropouts = [(path, part) for path, part in module.named_modules() if isinstance(part, nn.Dropout)]
 
-    def is_attached(self) -> bool:
-        """Whether every submodule is the one that was found, and every parameter's place still has one."""
-        return all(children.get(name) is child for children, name, child in self._links) and all(
-            parameters.get(name) is not None for parameters, name in self._places
-        )
+    def parameters(self) -> list[torch.Tensor] | None:
+        """The parameters that are attached now, always in the same order.
 
-    def parameters(self) -> list[torch.Tensor]:
-        """The parameters that are attached now, always in the same order."""
-        return [parameter for parameters, name in self._places if (parameter := parameters[name]) is not None]
+        None if a submodule is another than was found, or a parameter's place is empty.
+        """
+        # asked at every call, of hundreds of places: ``map`` looks them up without a Python frame for each
+        if not all(map(is_, map(dict.get, *self._links), self._children)):
+            return None
+        found: list[torch.Tensor] = [parameter for parameter in map(dict.get, *self._places) if parameter is not None]
+        return found if len(found) == len(self._places[0]) else None
 
     def active_dropout(self) -> tuple[str, float] | None:
         """Path and rate of a dropout that is in training mode and above 0, or None."""
