@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 from engine.live import weights
+from engine.live.logits import MANY, SERIAL
 from engine.reference import GPTModel, TransformerBlock, generate_greedy, generate_sampled
 
 IDS = torch.tensor([[5, 9, 2, 44, 3]])
@@ -322,6 +323,17 @@ def test_an_edit_in_place_is_noticed() -> None:
     with torch.inference_mode():
         fast(IDS).zero_()
     assert same(fast, model)
+
+
+def test_a_few_rows_are_copied_without_pytorchs_threads() -> None:
+    """Which they would leave spinning on the cores that the next step needs."""
+    fast, model = fast_and_plain(vocab_size=50257, n_layers=1)
+    fast(IDS)
+    with Operations() as operations:
+        assert same(fast, model, torch.cat([IDS, IDS[:, :2]], dim=1))
+    copied = [count for name, count in operations.ran if name == "copy_.default"]
+    assert sum(copied) == 2 * 50257 < MANY
+    assert max(copied) <= SERIAL < 1 << 15  # PyTorch's grain size
 
 
 def test_a_context_too_large_for_the_buffer_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from engine.config import ModelConfig
 
 MAX_BYTES = 4 << 30  # a context whose logits take more is answered, and computed again at the next call
 FIRST_LENGTH = 64  # positions that a buffer has room for at least
+SERIAL = (1 << 15) - 1  # elements that PyTorch copies on the calling thread
+MANY = 1 << 20  # elements whose copying is worth all threads, whatever comes after it
 
 
 class _NoGradient(torch.autograd.Function):
@@ -48,6 +50,21 @@ def logits_tensor(
     with torch.enable_grad():
         tensor: torch.Tensor = _NoGradient.apply(gradient_source, shape, dtype)  # type: ignore[no-untyped-call]
     return tensor
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``source`` to ``target``; a few rows in main memory on the calling thread alone.
+
+    PyTorch's threads, once they took part, wait for more of it in a loop of some milliseconds, on the cores that the
+    next step needs.
+    """
+    count = target.numel()
+    if target.device.type != "cpu" or not SERIAL < count <= MANY:
+        target.copy_(source)
+        return
+    target, source = target.reshape(-1), source.reshape(-1)
+    for first in range(0, count, SERIAL):
+        target[first : first + SERIAL] = source[first : first + SERIAL]
 
 
 class LogitsBuffer:
@@ -99,7 +116,7 @@ class LogitsBuffer:
 
     def write(self, row: int, start: int, logits: torch.Tensor) -> None:
         """Fill positions ``start`` on of a row with ``logits`` ``[N, V]``."""
-        self._tensor[row, start : start + len(logits)] = logits
+        _copy(self._tensor[row, start : start + len(logits)], logits)
 
     def extend_to(self, ids: npt.NDArray[np.int64]) -> None:
         """The positions of ``ids`` are filled now."""
