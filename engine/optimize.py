@@ -123,6 +123,7 @@ class Accelerator:
 
     def _bind(self) -> None:
         """Recognise the module as it is now, make a backend for it, and check the two against each other."""
+        self._passed = False  # until the self-check is through, so that a module it refuses is refused again
         recognised = recognise(self.module)
         self._model = recognised.config
         weights = canonical_weights(recognised)
@@ -145,6 +146,7 @@ class Accelerator:
         self._buffer: LogitsBuffer | None = None
         self._watch_module(recognised)
         difference = self._self_check(choice.dtype, recognised.description)
+        self._passed = True
         self.description = (
             f"{recognised.description}; {choice.backend.name} backend, {choice.dtype} on {choice.device}; "
             f"self-check passed, largest logit difference {difference:.1e}"
@@ -171,7 +173,7 @@ class Accelerator:
 
     def _follow_signs(self) -> None:
         parameters = self._structure.parameters()
-        if parameters is None:
+        if parameters is None or not self._passed:
             self._bind()
         elif self._watch.touched(parameters):
             self._update()

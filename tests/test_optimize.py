@@ -586,6 +586,17 @@ def test_a_part_that_is_not_what_it_seems_is_refused(path: str, forward, message
         engine.LLM(model)
 
 
+def test_a_module_that_was_refused_at_a_change_is_refused_again() -> None:
+    fast, model = fast_and_plain()
+    block, odd = model.trf_blocks[0], with_part("trf_blocks.0.ff", erf_feed_forward).trf_blocks[0]
+    model.trf_blocks[0] = odd
+    for _ in range(2):
+        with pytest.raises(ValueError, match="does not compute"):
+            fast(IDS)
+    model.trf_blocks[0] = block
+    assert same(fast, model)
+
+
 def test_another_wiring_is_refused() -> None:
     model = tiny_module()
     model.trf_blocks[0].__class__ = type("ParallelBlock", (TransformerBlock,), {"forward": parallel_block})
