@@ -14,7 +14,7 @@ from step_lives import a_life, decode, first_difference, heat
 from engine.backends import triton_graphs, triton_step
 from engine.backends.base import Batch, StepOutput
 from engine.backends.triton_backend import TritonInterpretBackend
-from engine.backends.triton_buffers import DrawnLayout, Layout
+from engine.backends.triton_buffers import DrawnLayout, Layout, Slot
 from engine.config import ModelConfig
 
 MODEL = ModelConfig(vocab_size=97, context_length=150, embed_dim=32, n_heads=1, n_layers=1, hidden_dim=32)
@@ -42,6 +42,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture(scope="module")
 def eager() -> list[Any]:
     return list(a_life(driver(graphs=False)))
+
+
+def test_a_step_that_draws_nothing_is_not_waited_for_until_its_slot_is_taken_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[Slot] = []
+    monkeypatch.setattr(Slot, "wait", lambda slot: waits.append(slot))
+    d = driver(graphs=True)
+    sequence = d.sequence(40)
+    for i, waited in enumerate((0, 1, 2)):
+        d.run([(sequence, tokens(3, i))])
+        assert len(waits) == waited
+    assert len(d.backend._step.slots._free) == 1
 
 
 @pytest.mark.slow

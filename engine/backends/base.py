@@ -101,7 +101,8 @@ class Batch:
 class StepOutput:
     """What a step returns. Logprobs and ranks are of the raw logits (no option applied); rank 1 is the most probable.
 
-    ``logits`` is on the backend's device, in its logits dtype: float32 or wider.
+    ``logits`` is on the backend's device, in its logits dtype: float32 or wider. On a GPU, what reads them has to be in
+    the stream that was current at ``submit``, as PyTorch's own results.
     """
 
     token_ids: I32  # [R]
@@ -175,7 +176,7 @@ class Backend(ABC):
 
     @abstractmethod
     def collect(self, handle: Any) -> StepOutput:
-        """Wait for a submitted step and return its output.
+        """Return a submitted step's output, waiting for what of it comes to the host.
 
         Raises:
             ValueError: the logits of a drawn row hold NaN or +inf, or exclude every token.

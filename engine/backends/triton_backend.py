@@ -35,7 +35,8 @@ class Handle:
 
 
 class TritonBackend(Backend):
-    """See ``Backend``. On NVIDIA and AMD GPUs; a step is queued by ``submit`` and waited for by ``collect``.
+    """See ``Backend``. On NVIDIA and AMD GPUs; a step is queued by ``submit``, and waited for by ``collect``
+    if it draws.
 
     Args:
         graphs: whether decode steps are captured and replayed (``triton_graphs``).
@@ -157,10 +158,11 @@ class TritonBackend(Backend):
         return Handle(tensors)
 
     def collect(self, handle: Handle) -> StepOutput:
-        tensors = handle.tensors
-        tensors.slot.wait()
-        host = {} if tensors.drawn is None else tensors.slot.downloaded(tensors.drawn, tensors.num_drawn)
-        self._step.slots.give(tensors.slot)
+        tensors, host = handle.tensors, {}
+        if tensors.drawn is not None:
+            tensors.slot.wait()
+            host = tensors.slot.downloaded(tensors.drawn, tensors.num_drawn)
+        self._step.slots.give(tensors.slot)  # without draws there is nothing to wait for: logits stay on the device
         if not host:
             integers, floats = np.empty((0,), np.int32), np.empty((0,), np.float32)
             return StepOutput(integers, floats, integers, integers[:, None], floats[:, None], tensors.logits)

@@ -193,16 +193,20 @@ class Slot:
 
 
 class Slots:
-    """A ring of slots, as long as there are steps in flight: one is taken again only after its step was waited for."""
+    """A ring of slots, as long as there are steps in flight: one that is taken again has its step behind it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: list[Slot] = []
 
     def take(self) -> Slot:
-        """A slot that no step uses."""
-        return self._free.pop() if self._free else Slot(self._device)
+        """A slot that no step uses. One whose step was collected, but is not over, is waited for."""
+        if not self._free:
+            return Slot(self._device)
+        slot = self._free.pop()
+        slot.wait()
+        return slot
 
     def give(self, slot: Slot) -> None:
-        """The slot of a step that was waited for."""
+        """The slot of a step that was collected, whether or not it is over."""
         self._free.append(slot)
