@@ -203,6 +203,30 @@ except KeyboardInterrupt:
     assert run_in_process(code) == "interrupted\n"
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.skipif(native_backend._openmp_pause() is None, reason="no OpenMP 5.0")
+@pytest.mark.parametrize(("room", "ended"), [(0, 2), (1, 2), (2, 0)])
+def test_a_step_ends_pytorchs_spinning_threads_where_cores_are_short(room: int, ended: int) -> None:
+    """Of 3 threads of PyTorch's 2 are others than the caller; the step goes on as it did, and PyTorch, too."""
+    code = f"""
+import os, torch
+from native_steps import make, logits_of
+from models import tiny_config
+threads = lambda: len(os.listdir("/proc/self/task"))
+backend = make(tiny_config(), threads=2)
+backend._room = {room}
+torch.set_num_threads(3)
+ones = torch.ones(1 << 20)
+first = logits_of(backend, [(0, 0, [1, 2, 3])])
+for _ in range(20):
+    assert torch.equal(ones + ones, 2 * ones)
+    with_pool = threads()
+    assert torch.equal(logits_of(backend, [(0, 0, [1, 2, 3])]), first)
+print(with_pool - threads())
+"""
+    assert run_in_process(code) == f"{ended}\n"
+
+
 def anonymous_kib() -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon"):

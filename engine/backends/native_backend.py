@@ -8,8 +8,9 @@ accumulation and the residual stream are float32. A row's bits do not depend on 
 of threads; they do depend on the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
 """
 
+import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from engine.config import ModelConfig
 from engine.machine import usable_cpus
 
 ISA_VARIABLE = "ENGINE_ISA"
+OMP_PAUSE_SOFT = 1  # of OpenMP's omp_pause_resource_t
 _STORAGE = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # the codes of Storage in csrc/kernels.hpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # of Dtype in csrc/packing.hpp
 
@@ -60,6 +62,15 @@ def chosen_isa() -> str:
     return name
 
 
+def _openmp_pause() -> Callable[[int], int] | None:
+    """OpenMP's ``omp_pause_resource_all`` as this process has it, or None."""
+    try:
+        pause: Callable[[int], int] = ctypes.CDLL(None).omp_pause_resource_all
+    except (AttributeError, OSError, TypeError):  # no OpenMP, one before 5.0, or a system without global symbols
+        return None
+    return pause
+
+
 @dataclass(frozen=True, slots=True)
 class _Finished:
     """A step that ran."""
@@ -70,6 +81,9 @@ class _Finished:
 
 class NativeBackend(Backend):
     """See ``Backend``. Threads spin for about 2 ms after a step before they sleep.
+
+    PyTorch's threads do so for longer after one of its operations, on the cores that a step needs. A step therefore
+    ends those of the thread that calls it, where there are too few cores for both; PyTorch starts them again.
 
     Raises:
         ValueError: besides what ``Backend`` says, the extension is not built, or ``ENGINE_ISA`` names an instruction
@@ -100,9 +114,12 @@ class NativeBackend(Backend):
             raise ValueError(f"threads must be at least 1, got {threads}")
         self._config = model
         self._memory_fraction = memory_fraction
+        cpus = usable_cpus()
         self._model = load_extension().Model(
-            asdict(model), _STORAGE[dtype], block_size, threads or usable_cpus(), os.environ.get(ISA_VARIABLE, "")
+            asdict(model), _STORAGE[dtype], block_size, threads or cpus, os.environ.get(ISA_VARIABLE, "")
         )
+        self._pause = _openmp_pause()
+        self._room = max(0, cpus - self.threads)  # threads of PyTorch's that can spin and be in nobody's way
         self.update_weights(weights)
 
     @property
@@ -142,6 +159,8 @@ class NativeBackend(Backend):
             batch.block_copies,
         )
         options = None if batch.sampling is None else (batch.draw_rows, *_options(batch.sampling))
+        if self._pause is not None and torch.get_num_threads() - 1 > self._room:
+            self._pause(OMP_PAUSE_SOFT)
         logits, token_ids, logprobs, ranks, top_ids, top_logprobs = self._model.step(arrays, options)
         bad = np.flatnonzero(token_ids < 0)
         error = None
