@@ -84,6 +84,4 @@ class Buffer {
   int64_t mapped_bytes_ = 0;
 };
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 }  // namespace native

@@ -9,6 +9,10 @@
 #include <cpuid.h>
 #endif
 #endif
+#if defined(NATIVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace native {
 namespace {
@@ -16,7 +20,7 @@ namespace {
 #if defined(NATIVE_X86)
 
 struct Features {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
 };
 
 void cpuid(int leaf, int sub, unsigned out[4]) {
@@ -39,6 +43,16 @@ unsigned long long saved_state() {  // which registers the operating system save
 #endif
 }
 
+// Linux lets a process use the tiles once it has asked, and refuses where their state has no room.
+bool may_use_tiles() {
+#if defined(NATIVE_AMX)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 Features detect() {
   Features found;
   unsigned r[4];
@@ -55,10 +69,13 @@ Features detect() {
   const bool zmm = (saved & 0xe6) == 0xe6;
   const bool f = bit(1, 16), dq = bit(1, 17), bw = bit(1, 30), vl = bit(1, 31), vnni = bit(2, 11);
   const unsigned sub_leaves = r[0];
+  const bool amx_bf16 = bit(3, 22), amx_tile = bit(3, 24), amx_int8 = bit(3, 25);
   found.avx512 = found.avx2 && zmm && f && dq && bw && vl;
   if (sub_leaves >= 1) {
     cpuid(7, 1, r);
     found.avx512_bf16 = found.avx512 && vnni && bit(0, 5);
+    const bool tiles = (saved & 0x60000) == 0x60000 && amx_bf16 && amx_tile && amx_int8;
+    found.amx = found.avx512_bf16 && tiles && may_use_tiles();
   }
   return found;
 }
@@ -72,6 +89,9 @@ const std::vector<Isa>& isas() {
     std::vector<Isa> list;
 #if defined(NATIVE_X86)
     const Features cpu = detect();
+#if defined(NATIVE_AMX)
+    list.push_back({"amx", cpu.amx, kernels_amx});
+#endif
     list.push_back({"avx512_bf16", cpu.avx512_bf16, kernels_avx512_bf16});
     list.push_back({"avx512", cpu.avx512, kernels_avx512});
     list.push_back({"avx2", cpu.avx2, kernels_avx2});

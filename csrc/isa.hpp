@@ -26,6 +26,10 @@ const Kernels* kernels_generic();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__)
+#define NATIVE_AMX 1
+const Kernels* kernels_amx();
+#endif
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define NATIVE_ARM64 1
 const Kernels* kernels_neon();

@@ -28,7 +28,7 @@ struct Matrix {
   Storage storage;
   int64_t n, k;
   int64_t num_panels;
-  int64_t steps;  // of a panel; for s4 one step is one group
+  int64_t steps;  // of a panel, padded to Kernels::step_multiple; for s4 one step is one group
   int64_t panel_bytes;
   const uint8_t* data;
   const float* bias;     // [num_panels * panel], or null
@@ -45,11 +45,12 @@ struct Rows {
 
 struct Output {
   float* data;
-  int64_t stride;  // floats; at least num_panels * panel
+  int64_t stride;  // of `data` or `rounded`, in its elements; at least num_panels * panel
   Epilogue epilogue;
+  uint16_t* rounded = nullptr;  // bf16, where it is not null: the results go there instead. Not where bf16 is `plain`.
 };
 
-// One head's causal attention for up to kQueries queries of one sequence over its cached positions.
+// One head's causal attention for up to Kernels::queries queries of one sequence over its cached positions.
 // A cached block holds, for each head, K as [head_dim, block_lanes] (lanes are tokens) and V as [block_size, head_lanes].
 struct Attention {
   const float* q;  // query i is at q + i * q_stride
@@ -66,10 +67,9 @@ struct Attention {
   float* out;  // query i's [head_dim] goes to out + i * out_stride
   int64_t out_stride;
   int64_t score_stride;  // lanes of as many blocks as the context has, at least
-  float* scratch;        // kQueries * (score_stride + head_lanes) floats
+  float* scratch;        // Kernels::queries * (score_stride + head_lanes) floats
 };
 
-constexpr int kQueries = 4;     // of one attention call
 constexpr int64_t kLanes = 16;  // head_lanes and block_lanes are multiples of it, whatever the instruction set
 
 // Of logits [begin, end): the largest, and the sum of exp(logit - largest). A NaN or +inf makes the sum NaN.
@@ -94,7 +94,9 @@ struct Kernels {
   int64_t panel;           // outputs of a panel
   int64_t panel_group;     // panels that are multiplied with many rows at a time
   int64_t matmul_scratch;  // floats
-  int s8_order[4];  // which byte of its lane holds value i of four
+  int queries;             // of one attention call, at most
+  int64_t step_multiple;   // the steps of bf16 and s8 are padded to it
+  int s8_order[4];         // which byte of its lane holds value i of four
 
   // Bytes of a row of k activations in the form for `storage`, and its making. x has at least round_up(k, 16) floats,
   // those past k being 0. `plain` storages take the float rows as they are.

@@ -83,7 +83,15 @@ Model::Model(Config config)
   qkv_width_ = width(3 * c.embed_dim);
   hidden_width_ = width(c.hidden_dim);
   vocab_width_ = width(c.vocab_size);
-  max_row_bytes_ = std::max(kernels_->row_bytes(Storage::f32, width_), kernels_->row_bytes(Storage::f32, hidden_width_));
+  const bool rounds = c.storage == Storage::bf16 && !kernels_->plain(c.storage);
+  hidden_bf16_ = rounds ? prepared_bytes(c.storage, round_up(c.hidden_dim, kernels_->panel)) / 2 : 0;
+  max_row_bytes_ = std::max(prepared_bytes(c.storage, c.embed_dim), prepared_bytes(c.storage, c.hidden_dim));
+}
+
+// From one prepared row of k values to the next: an odd number of cache lines, so that rows do not meet in a few sets.
+int64_t Model::prepared_bytes(Storage storage, int64_t k) const {
+  constexpr int64_t kLine = 64;
+  return (round_up(kernels_->row_bytes(storage, k), kLine) / kLine | 1) * kLine;
 }
 
 void Model::update(const std::vector<Tensor>& tensors) {

@@ -79,12 +79,16 @@ class Model {
   void embed(const Batch& batch, int64_t row);
   void write_cache(const Batch& batch, int64_t layer, int64_t row);
   void attend(const Batch& batch, int64_t layer, int64_t unit, int thread);
+  Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
+                    int64_t rows);
+  void multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y);
   void linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
               int64_t rows, const Output& y);
   void prepare_row(const Packed& matrix, const float* x, const Norm* norm, uint8_t* out, float* scale, float* scratch);
   void run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count);
   void run_layers(Team& team, int thread, const Batch& batch);
   void run_head(Team& team, int thread, const Batch& batch, float* logits, const Draws& draws);
+  int64_t prepared_bytes(Storage storage, int64_t k) const;
   uint8_t* cache_block(int64_t layer, int64_t block) const;
 
   const Config config_;
@@ -105,7 +109,8 @@ class Model {
 
   // Work space, grown to the largest step. Strides are in floats and have room for whole panels.
   int64_t width_, qkv_width_, hidden_width_, vocab_width_;
-  int64_t max_row_bytes_;
+  int64_t max_row_bytes_;  // of a prepared row
+  int64_t hidden_bf16_;    // values of a row of hidden_ where it holds what fc2 multiplies, in bf16; else 0
   Buffer x_, qkv_, attended_, hidden_, prepared_, scales_;
   Buffer gathered_, head_out_, thread_space_;
   struct {  // where, in the floats of a thread

@@ -1,5 +1,6 @@
 #include "packing.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -45,6 +46,7 @@ Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
   view_.k = k;
   view_.num_panels = ceil_div(n, panel_);
   view_.steps = ceil_div(k, storage == Storage::s4 ? kGroup : k_per_lane(storage));
+  if (storage == Storage::bf16 || storage == Storage::s8) view_.steps = round_up(view_.steps, kernels.step_multiple);
   // Of an output in a step: a lane of 32 bits, or a bf16 scale and four lanes.
   view_.panel_bytes = view_.steps * panel_ * (storage == Storage::s4 ? 2 + 4 * 4 : 4);
   const int64_t outputs = view_.num_panels * panel_;
@@ -64,7 +66,7 @@ void Packed::fill(const Tensor& weight, const Tensor* bias, Pool& pool) {
     read_row(*bias, 0, bias_.floats());
     view_.bias = bias_.floats();
   }
-  const int64_t width = round_up(view_.k, kGroup);
+  const int64_t width = round_up(std::max(view_.k, view_.steps * k_per_lane(view_.storage)), kGroup);
   std::vector<float> rows(static_cast<size_t>(width * pool.size()), 0.0f);
   pool.run([&](Team& team, int thread) {
     float* row = rows.data() + thread * width;

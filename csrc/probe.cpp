@@ -7,6 +7,7 @@
 #include "isa.hpp"
 #include "packing.hpp"
 #include "pool.hpp"
+#include "rounding.hpp"
 
 namespace native {
 namespace {

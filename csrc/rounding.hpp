@@ -1,10 +1,12 @@
-// Conversions between float32 and bf16, and to whole numbers.
+// Conversions between float32 and bf16, and to whole numbers and multiples.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace native {
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 inline float bf16_to_float(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;

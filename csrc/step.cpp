@@ -98,8 +98,8 @@ void Model::reserve(const Batch& b) {
   int64_t most_blocks = 0;
   for (int64_t q = 0; q < b.num_sequences; ++q) {
     most_blocks = std::max(most_blocks, blocks_for(b.context_lens[q], config_.block_size));
-    for (int32_t first = b.query_starts[q]; first < b.query_starts[q + 1]; first += kQueries) {
-      units_.push_back({static_cast<int32_t>(q), first, std::min(kQueries, b.query_starts[q + 1] - first)});
+    for (int32_t first = b.query_starts[q]; first < b.query_starts[q + 1]; first += kernels_->queries) {
+      units_.push_back({static_cast<int32_t>(q), first, std::min(kernels_->queries, b.query_starts[q + 1] - first)});
     }
   }
   score_stride_ = most_blocks * block_lanes_;
@@ -108,7 +108,7 @@ void Model::reserve(const Batch& b) {
   space_.prepared = space_.row + std::max(width_, hidden_width_);
   space_.scales = space_.prepared + kPrivateRows * max_row_bytes_ / 4;
   space_.attention = round_up(space_.scales + kPrivateRows, kLanes);
-  space_.size = round_up(space_.attention + kQueries * (score_stride_ + head_lanes_), 1024);
+  space_.size = round_up(space_.attention + kernels_->queries * (score_stride_ + head_lanes_), 1024);
   thread_space_.reserve(threads * space_.size * 4);
   if (s.num_rows) sampler_.reserve(s, config_.vocab_size, vocab_width_, pool_.size());
 }
@@ -199,35 +199,43 @@ void Model::prepare_row(const Packed& matrix, const float* x, const Norm* norm, 
   if (!plain) kernels_->prepare(m.storage, x, m.k, out, scale);
 }
 
-// y = epilogue(norm(x) W^T + b) for `rows` rows of x; norm may be null. All threads call it and meet at its end.
-void Model::linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
-                   int64_t rows, const Output& y) {
+// norm(x), which may be null, of `rows` rows of x in the form in which the matrix multiplies them.
+Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
+                         int64_t rows) {
   const Matrix& m = matrix.view();
-  Rows ready{reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
-  const bool scaled = m.storage == Storage::s8 || m.storage == Storage::s4;
-  if (norm || !kernels_->plain(m.storage)) {
-    const bool shared = rows > kPrivateRows;
-    uint8_t* data = shared ? prepared_.data() : reinterpret_cast<uint8_t*>(space(thread) + space_.prepared);
-    float* scales = shared ? scales_.floats() : space(thread) + space_.scales;
-    const auto prepare = [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        prepare_row(matrix, x + r * stride, norm, data + r * max_row_bytes_, scales + r, space(thread) + space_.row);
-      }
-    };
-    if (shared) {
-      team.for_each(rows, 4, prepare);
-    } else {
-      prepare(0, rows);
+  if (!norm && kernels_->plain(m.storage)) return {reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
+  const bool shared = rows > kPrivateRows;
+  const int64_t bytes = prepared_bytes(m.storage, m.k);
+  uint8_t* data = shared ? prepared_.data() : reinterpret_cast<uint8_t*>(space(thread) + space_.prepared);
+  float* scales = shared ? scales_.floats() : space(thread) + space_.scales;
+  const auto prepare = [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      prepare_row(matrix, x + r * stride, norm, data + r * bytes, scales + r, space(thread) + space_.row);
     }
-    ready = Rows{data, max_row_bytes_, scaled ? scales : nullptr};
+  };
+  if (shared) {
+    team.for_each(rows, 4, prepare);
+  } else {
+    prepare(0, rows);
   }
+  return {data, bytes, m.storage == Storage::s8 || m.storage == Storage::s4 ? scales : nullptr};
+}
+
+// y = epilogue(x W^T + b) for `rows` prepared rows. All threads call it and meet at its end.
+void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y) {
+  const Matrix& m = matrix.view();
   // Few rows: long pieces, which stream best, in pairs of panels. Many rows: a group of panels, two for each thread.
   const int64_t share = m.num_panels / (team.size() * 6);
   const int64_t grain = rows > 16 ? std::clamp<int64_t>(share * 3, 1, kernels_->panel_group)
                                   : std::max<int64_t>(2, share / 2 * 2);
   team.for_each(m.num_panels, grain, [&](int64_t begin, int64_t end) {
-    kernels_->matmul(m, ready, rows, y, begin, end, space(thread) + space_.matmul);
+    kernels_->matmul(m, x, rows, y, begin, end, space(thread) + space_.matmul);
   });
+}
+
+void Model::linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
+                   int64_t rows, const Output& y) {
+  multiply(team, thread, matrix, prepare_rows(team, thread, matrix, x, stride, norm, rows), rows, y);
 }
 
 void Model::run_layers(Team& team, int thread, const Batch& b) {
@@ -237,6 +245,7 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
       for (int64_t row = begin; row < end; ++row) body(row);
     });
   };
+  uint16_t* hidden_bf16 = hidden_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
   every_row([&](int64_t row) { embed(b, row); });
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     const Block& block = blocks_[static_cast<size_t>(layer)];
@@ -249,9 +258,13 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
     });
     linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add});
     linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,
-           {hidden_.floats(), hidden_width_, config_.activation});
-    linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows,
-           {x_.floats(), width_, Epilogue::add});
+           {hidden_.floats(), hidden_bf16_ ? hidden_bf16_ : hidden_width_, config_.activation, hidden_bf16});
+    const Output out{x_.floats(), width_, Epilogue::add};
+    if (hidden_bf16) {
+      multiply(team, thread, block.fc2, {hidden_.data(), hidden_bf16_ * 2, nullptr}, rows, out);
+    } else {
+      linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows, out);
+    }
   }
 }
 

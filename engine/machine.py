@@ -20,7 +20,10 @@ def processor_name() -> str:
 
 def instruction_sets() -> list[str]:
     """Those of the vector instruction sets that matter for inference which this processor has, where it is known."""
-    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "asimd", "bf16")
+    wanted = (
+        *("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"),
+        *("asimd", "bf16"),
+    )
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next((set(line.split()) for line in file if line.startswith(("flags", "Features"))), set())
