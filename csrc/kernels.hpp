@@ -5,10 +5,23 @@
 
 namespace native {
 
-enum class Storage : int { f32 = 0, bf16 = 1, s8 = 2, s4 = 3 };
+enum class Storage : int { f32 = 0, bf16 = 1, s8 = 2, s4 = 3, s4_64 = 4, s4_128 = 5 };
 enum class Epilogue : int { store, add, gelu_tanh, gelu, relu, silu };
 
-constexpr int64_t kGroup = 32;  // values of k that share a scale in s4
+// Values of k that share a scale in one of the storages of four bits; 0 for another.
+inline int64_t group_of(Storage storage) {
+  switch (storage) {
+    case Storage::s4: return 32;
+    case Storage::s4_64: return 64;
+    case Storage::s4_128: return 128;
+    default: return 0;
+  }
+}
+constexpr int64_t kMaxGroup = 128;
+constexpr int64_t kNibblePart = 32;  // values of k whose products with four-bit weights make one exact sum
+
+// Whether weights and activations are integers.
+inline bool quantised(Storage storage) { return storage == Storage::s8 || group_of(storage); }
 
 // k values in one 32-bit lane of a packed matrix.
 inline int64_t k_per_lane(Storage storage) {
@@ -23,7 +36,7 @@ inline int64_t k_per_lane(Storage storage) {
 // A weight matrix [n, k] packed for streaming. A panel is `panel` consecutive outputs. Within a panel, for every step of
 // k_per_lane values of k there is one 32-bit lane per output: one float, two bf16 (even k in the low half), four s8 (in
 // the order Kernels::s8_order), or eight nibbles (k 0..3 in the low, 4..7 in the high halves of the bytes, value + 8).
-// s4 has, before every kGroup values of k, one bf16 scale per output. Outputs past n and values past k are 0.
+// s4 has, before every group of k, one bf16 scale per output. Outputs past n and values past k are 0.
 struct Matrix {
   Storage storage;
   int64_t n, k;
@@ -104,8 +117,9 @@ struct Kernels {
   int64_t (*row_bytes)(Storage storage, int64_t k);
   void (*prepare)(Storage storage, const float* x, int64_t k, uint8_t* row, float* scale);
 
-  // A group of kGroup weights as four lanes of eight nibbles, and their bf16 scale. The same on every instruction set.
-  uint16_t (*quantise_group)(const float* x, uint32_t* words);
+  // A group of weights, a multiple of 32, as lanes of eight nibbles, and their bf16 scale. The same on every instruction
+  // set.
+  uint16_t (*quantise_group)(const float* x, int64_t group, uint32_t* words);
 
   // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats.
   void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,

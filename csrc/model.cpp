@@ -58,7 +58,7 @@ Model::Model(Config config)
     : config_(std::move(config)), kernels_(choose_isa(config_.isa).kernels()), pool_(config_.threads) {
   const Config& c = config_;
   const bool narrow = c.storage != Storage::f32;
-  if (!c.tied_head || c.storage == Storage::s8 || c.storage == Storage::s4) tok_emb_ = Table(narrow, c.vocab_size, c.embed_dim);
+  if (!c.tied_head || quantised(c.storage)) tok_emb_ = Table(narrow, c.vocab_size, c.embed_dim);
   pos_emb_ = Table(narrow, c.context_length, c.embed_dim);
   head_ = Packed(c.storage, c.vocab_size, c.embed_dim, *kernels_);
   blocks_.resize(static_cast<size_t>(c.n_layers));

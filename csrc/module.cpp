@@ -87,7 +87,7 @@ Epilogue activation_of(const std::string& name) {
 }
 
 Storage storage_of(int code) {
-  if (code < 0 || code > 3) throw std::invalid_argument("storage code " + std::to_string(code) + " is not in 0..3");
+  if (code < 0 || code > 5) throw std::invalid_argument("storage code " + std::to_string(code) + " is not in 0..5");
   return static_cast<Storage>(code);
 }
 

@@ -41,14 +41,15 @@ void read_row(const Tensor& tensor, int64_t row, float* out) {
 Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
     : panel_(kernels.panel), quantise_group_(kernels.quantise_group) {
   std::memcpy(order_, kernels.s8_order, sizeof order_);
+  const int64_t group = group_of(storage);
   view_.storage = storage;
   view_.n = n;
   view_.k = k;
   view_.num_panels = ceil_div(n, panel_);
-  view_.steps = ceil_div(k, storage == Storage::s4 ? kGroup : k_per_lane(storage));
+  view_.steps = ceil_div(k, group ? group : k_per_lane(storage));
   if (storage == Storage::bf16 || storage == Storage::s8) view_.steps = round_up(view_.steps, kernels.step_multiple);
-  // Of an output in a step: a lane of 32 bits, or a bf16 scale and four lanes.
-  view_.panel_bytes = view_.steps * panel_ * (storage == Storage::s4 ? 2 + 4 * 4 : 4);
+  // Of an output in a step: a lane of 32 bits, or a bf16 scale and lanes of eight nibbles.
+  view_.panel_bytes = view_.steps * panel_ * (group ? 2 + group / 2 : 4);
   const int64_t outputs = view_.num_panels * panel_;
   data_ = Buffer(view_.num_panels * view_.panel_bytes);
   view_.data = data_.data();
@@ -66,7 +67,7 @@ void Packed::fill(const Tensor& weight, const Tensor* bias, Pool& pool) {
     read_row(*bias, 0, bias_.floats());
     view_.bias = bias_.floats();
   }
-  const int64_t width = round_up(std::max(view_.k, view_.steps * k_per_lane(view_.storage)), kGroup);
+  const int64_t width = round_up(std::max(view_.k, view_.steps * k_per_lane(view_.storage)), kMaxGroup);
   std::vector<float> rows(static_cast<size_t>(width * pool.size()), 0.0f);
   pool.run([&](Team& team, int thread) {
     float* row = rows.data() + thread * width;
@@ -93,7 +94,7 @@ void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row) {
         }
         break;
       case Storage::s8: quantise_s8(first + lane, row, out); break;
-      case Storage::s4: quantise_s4(first + lane, row); break;
+      default: quantise_s4(first + lane, row); break;
     }
   }
 }
@@ -123,13 +124,13 @@ void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
 }
 
 void Packed::quantise_s4(int64_t output, const float* row) {
-  const int64_t step_bytes = panel_ * 18, lane = output % panel_;
+  const int64_t group = group_of(view_.storage), step_bytes = panel_ * (2 + group / 2), lane = output % panel_;
   uint8_t* step = data_.data() + output / panel_ * view_.panel_bytes;
-  for (int64_t k = 0; k < view_.k; k += kGroup, step += step_bytes) {  // row is zero up to a whole group
-    uint32_t words[kGroup / 8];
-    const uint16_t scale = quantise_group_(row + k, words);
+  for (int64_t k = 0; k < view_.k; k += group, step += step_bytes) {  // row is zero up to a whole group
+    uint32_t words[kMaxGroup / 8];
+    const uint16_t scale = quantise_group_(row + k, group, words);
     std::memcpy(step + lane * 2, &scale, sizeof scale);
-    for (int64_t j = 0; j < kGroup / 8; ++j) {
+    for (int64_t j = 0; j < group / 8; ++j) {
       std::memcpy(step + panel_ * 2 + (j * panel_ + lane) * 4, words + j, sizeof words[j]);
     }
   }

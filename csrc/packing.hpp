@@ -45,7 +45,7 @@ class Packed {
 
   Matrix view_{};
   int64_t panel_ = 0;
-  uint16_t (*quantise_group_)(const float* x, uint32_t* words) = nullptr;
+  uint16_t (*quantise_group_)(const float* x, int64_t group, uint32_t* words) = nullptr;
   int order_[4] = {0, 1, 2, 3};
   Buffer data_, bias_, scale_, sums_;
 };

@@ -73,7 +73,7 @@ void linear_once(const std::string& isa, int threads, Storage storage, Epilogue 
       kernels.prepare(storage, padded.floats(), k, prepared.data() + r * bytes, scales.floats() + r);
     }
   }
-  const Rows ready{prepared.data(), bytes, storage == Storage::s8 || storage == Storage::s4 ? scales.floats() : nullptr};
+  const Rows ready{prepared.data(), bytes, quantised(storage) ? scales.floats() : nullptr};
   const Output output{out.floats(), out_width, activation};
   Buffer scratch(pool.size() * kernels.matmul_scratch * 4);
   pool.run([&](Team& team, int thread) {

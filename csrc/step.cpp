@@ -218,7 +218,7 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
   } else {
     prepare(0, rows);
   }
-  return {data, bytes, m.storage == Storage::s8 || m.storage == Storage::s4 ? scales : nullptr};
+  return {data, bytes, quantised(m.storage) ? scales : nullptr};
 }
 
 // y = epilogue(x W^T + b) for `rows` prepared rows. All threads call it and meet at its end.

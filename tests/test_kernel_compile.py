@@ -20,29 +20,14 @@ from kernels.launches import MODELS, ModelShape, step_launches
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB
-KNOWN_SPILLS = {  # bytes, by target, model, dtype, launch and BLOCK_T: what is still to be mended
-    ("sm_80", "gpt2", "fp32", "fc2", 16): 16,
-    ("sm_80", "gpt2", "int4", "qkv", 32): 24,
-    ("sm_80", "gpt2", "int4", "qkv", 64): 88,
-    ("sm_80", "gpt2", "int4", "fc", 64): 80,
-    ("sm_80", "gpt2-medium", "fp16", "layer_norm", None): 8,
-    ("sm_80", "gpt2-medium", "int8", "proj", 16): 16,
-    ("sm_80", "gpt2-medium", "int8", "fc", 64): 16,
-    ("sm_80", "gpt2-medium", "int8", "fc2", 32): 8,
-    ("sm_80", "gpt2-medium", "int4", "qkv", 64): 72,
-    ("sm_80", "gpt2-large", "bf16", "fc", 64): 8,
-    ("sm_80", "gpt2-large", "fp16", "fc", 64): 8,
-    ("sm_80", "gpt2-large", "fp32", "qkv", 64): 16,
-    ("sm_80", "gpt2-xl", "bf16", "qkv", 64): 16,
-    ("sm_80", "gpt2-xl", "fp16", "qkv", 64): 16,
-    ("sm_80", "gpt2-xl", "fp16", "layer_norm", None): 16,
-    ("sm_80", "gpt2-xl", "fp32", "qkv", 64): 16,
-    ("sm_90", "gpt2", "int4", "head_ranks", 32): 32,
-    ("sm_90", "gpt2-medium", "int4", "head_ranks", 32): 32,
-    ("sm_90", "gpt2-large", "int4", "head_ranks", 32): 32,
-    ("sm_90", "gpt2-xl", "int4", "head_ranks", 32): 32,
+# Bytes by target, model, dtype and launch: four of 1,128 specialisations, of many rows.
+KNOWN_SPILLS = {
+    ("sm_80", "gpt2", "int4", "qkv"): 8,
+    ("sm_80", "gpt2-large", "int4", "fc"): 8,
+    ("sm_80", "gpt2-large", "fp32", "attention"): 32,
+    ("sm_80", "gpt2-xl", "fp32", "attention"): 32,
 }
-OTHER_SPILLS = {("sm_90", "gpt2", "bf16", "sampling", None): 40}  # with a mask of allowed ids, under Triton 3.6 and 3.9
+OTHER_SPILLS = {**KNOWN_SPILLS, ("sm_90", "gpt2", "bf16", "sampling"): 40}  # with a mask, under Triton 3.6 and 3.9
 STREAMING = (
     "qkv",
     "proj",
@@ -65,28 +50,31 @@ def compiled_mode(*command: str) -> str:
 def broken_rules(target: str, rows: list[dict[str, Any]], known: Mapping[Any, int] = KNOWN_SPILLS) -> list[str]:
     """What the machine code of one target has against the rules.
 
-    Warps split a product's outputs, never its sum, so that no bit depends on how they are laid: with ``mma.sync`` that
-    may differ for many rows. Weights that are widened in registers (int8, int4) come 64 bits at a time on sm_90.
+    Warps split a product's outputs, never its sum, so that no bit depends on how they are laid: with ``mma.sync``, and
+    where float32 takes more warps, that may differ for many rows. int8 weights come 64 bits at a time on sm_90, where
+    that was measured to be faster, and keys and values of float32 beside narrow block tables.
     """
     found = []
     families, layouts = defaultdict(set), defaultdict(set)
     for row in rows:
         name = f"{row['model']} {row['dtype']} {row['launch']} {row['arguments']}"
         place = row["model"], row["dtype"], re.sub("head_(sample|ranks)", "logits", row["launch"])
-        if row["spills"] > known.get((target, *place[:2], row["launch"], row["arguments"].get("BLOCK_T")), 0):
+        if row["spills"] > known.get((target, *place[:2], row["launch"]), 0):
             found.append(f"{name} spills {row['spills']} bytes")
         if row["shared"] > SHARED_LIMIT[target] * 1024:
             found.append(f"{name} takes {row['shared']} bytes of shared memory")
         if row["launch"] not in STREAMING:
             continue
         families[place].add(row["family"])
-        if row["family"] == "wgmma" and row["dtype"] != "int4" and row["launch"] not in ("head_sample", "head_ranks"):
+        if row["family"] == "wgmma" and row["dtype"] != "fp32" and row["launch"] != "head_sample":
             layouts[place].add(row["layout"].partition(" of ")[0])
-        if row["dtype"] in ("bf16", "fp16") and row["wide_share"] < 0.75:
+        if (target, row["dtype"]) != ("sm_90", "int8") and row["wide_share"] < (
+            0.65 if row["dtype"] == "fp32" else 0.75
+        ):
             found.append(f"{name} loads {row['wide_share']:.0%} of its bytes 128 bits at a time")
     found += [f"{place} has layouts {sorted(used)}" for place, used in layouts.items() if len(used) > 1]
     for place, used in families.items():
-        if len(used) > 1 or (used == {"none"}) != (place[1] == "fp32"):  # float32 has no exact tensor core
+        if len(used) > 1 or used == {"none"}:
             found.append(f"{place} uses {sorted(used)}")
     return found
 
@@ -121,7 +109,7 @@ def test_gpt2_compiles_to_what_the_manifest_says(target: str, committed: dict[st
     made = json.loads(text)
     rows = made["targets"][target]
     assert {row["launch"] for row in rows} >= {*STREAMING, "embedding", "sampling", "layer_norm"}
-    known = KNOWN_SPILLS if made["triton"] == committed["triton"] else KNOWN_SPILLS | OTHER_SPILLS
+    known = KNOWN_SPILLS if made["triton"] == committed["triton"] else OTHER_SPILLS
     assert broken_rules(target, rows, known) == []
     if made["triton"] == committed["triton"]:
         assert rows == [r for r in committed["targets"][target] if (r["model"], r["dtype"]) == ("gpt2", "bf16")]
@@ -181,8 +169,8 @@ def test_the_rules_see() -> None:
         "layout": "4x1 of 16x64x16",
     }
     assert broken_rules("sm_90", [row, row | {"layout": "4x1 of 16x16x16"}]) == []
-    assert broken_rules("sm_90", [row | {"dtype": "fp32", "family": "none", "layout": ""}]) == []
-    for change in ({"spills": 8}, {"shared": 10**6}, {"wide_share": 0.5}, {"family": "none"}, {"dtype": "fp32"}):
+    assert broken_rules("sm_90", [row | {"dtype": "int8", "wide_share": 0.5}]) == []
+    for change in ({"spills": 8}, {"shared": 10**6}, {"wide_share": 0.5}, {"family": "none"}):
         assert broken_rules("sm_90", [row | change])
     for change in ({"family": "mma.sync"}, {"layout": "2x2 of 16x64x16"}):
         assert broken_rules("sm_90", [row, row | change])

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from native_steps import ISAS, _native
 
-STORAGE = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+GROUPS = {"int4": 32, "int4-g64": 64, "int4-g128": 128}  # weights that share a scale
+STORAGE = {name: code for code, name in enumerate(("float32", "bfloat16", "int8", *GROUPS))}
 
 
 def linear(
@@ -69,27 +70,30 @@ def test_int8_sums_are_exact(rows: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", GROUPS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11])
-def test_int4_sums_are_exact(rows: int, isa: str) -> None:
+def test_int4_sums_are_exact(rows: int, dtype: str, isa: str) -> None:
     """Weights -8..7 with a -8 in every group, so that the scale is 1: integer sums again, extremes included."""
     generator = np.random.default_rng(rows)
-    for k in (1, 8, 31, 32, 33, 64, 255, 801):
+    for k in (1, 8, 31, 32, 33, 64, 65, 128, 255, 801):
         x = generator.integers(-127, 128, (rows, k)).astype(np.float32)
         w = generator.integers(-8, 8, (50, k)).astype(np.float32)
         x[:, 0] = 127
         w[0], w[1] = -8, 7
-        w[:, ::32] = -8
+        w[:, :: GROUPS[dtype]] = -8
         x[0] = -127
         exact = x.astype(np.int64) @ w.T.astype(np.int64)
-        assert np.array_equal(linear(x, w, "int4", isa), exact.astype(np.float32)), k
+        assert np.array_equal(linear(x, w, dtype, isa), exact.astype(np.float32)), k
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_int4_weights_are_near(isa: str) -> None:
+@pytest.mark.parametrize("dtype", GROUPS)
+def test_int4_weights_are_near(dtype: str, isa: str) -> None:
     """Read back with unit vectors, every weight is within an eighth of the largest of its group."""
-    w = uniform(8, 45, 96)
-    back = linear(np.eye(96, dtype=np.float32), w, "int4", isa).T
-    largest = np.repeat(np.abs(w).reshape(45, 3, 32).max(2), 32, axis=1)
+    group = GROUPS[dtype]
+    w = uniform(8, 45, 3 * group) * np.repeat([1.0, 100.0, 0.01], group).astype(np.float32)
+    back = linear(np.eye(3 * group, dtype=np.float32), w, dtype, isa).T
+    largest = np.repeat(np.abs(w).reshape(45, 3, group).max(2), group, axis=1)
     assert (np.abs(back - w) <= largest / 8 * 1.02).all()
     assert np.sqrt(((back - w) ** 2).mean() / (w**2).mean()) < 0.09
 

@@ -114,8 +114,17 @@ def _timed_run(llm: LLM, prompts: Sequence[Sequence[int]], steps: int) -> list[l
     return times
 
 
-ITEM_BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
-"""Bytes a weight; int4 has an fp16 scale for every 32."""
+ITEM_BYTES = {
+    "float64": 8.0,
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "int8": 1.0,
+    "int4": 0.5 + 2 / 32,
+    "int4-g64": 0.5 + 2 / 64,
+    "int4-g128": 0.5 + 2 / 128,
+}
+"""Bytes a weight; int4 has a scale of 16 bits for every 32, 64 or 128."""
 
 
 def step_bytes(model: ModelConfig, dtype: str, batch: int, context: int) -> int:

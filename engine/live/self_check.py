@@ -20,7 +20,16 @@ RELATIVE = 1e-5  # of the largest output: activations with float32 constants agr
 
 
 PROBE_ROWS, PROBE_LENGTH = 2, 24
-TOLERANCE = {"float64": 1e-8, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2, "int8": 6e-2, "int4": 2e-1}
+TOLERANCE = {
+    "float64": 1e-8,
+    "float32": 1e-5,
+    "float16": 5e-3,
+    "bfloat16": 4e-2,
+    "int8": 6e-2,
+    "int4": 2e-1,
+    "int4-g64": 2.5e-1,
+    "int4-g128": 3e-1,
+}
 """Largest logit difference accepted, as a share of the largest logit, which counts as 10 at least: 1e-4 in float32."""
 
 

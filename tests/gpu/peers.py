@@ -55,8 +55,8 @@ def transformers_seconds(
                 )
             )  # fmt: skip
         made = made.to(getattr(torch, dtype)).eval()
-        if compiled:
-            made.forward = torch.compile(made.forward, mode="reduce-overhead" if machine.on_gpu else "default")
+        if compiled and not machine.on_gpu:  # on a GPU, generate compiles the forward pass of a static cache itself
+            made.forward = torch.compile(made.forward)
         return made
 
     made = machine.kept((model, dtype, compiled), make)
