@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import arrive, tree_sum
+from kernels.common import arrive, product, tree_sum
 from kernels.cost import Cost
 from kernels.dependent import let_next_start, wait_for_previous
 from kernels.linear import TRITON_TYPES
@@ -63,7 +63,7 @@ def _attend_split(
         base = ((block * HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE) * HEAD_DIM
         k_mask = dim_mask[:, None] & key_mask[None, :]
         k = tl.load(k_ptr + base[None, :] + dims[:, None], mask=k_mask, other=0.0)  # [BLOCK_D, BLOCK_KV]
-        s = tl.dot(q, k, tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32), input_precision="ieee") * scale
+        s = product(q, k, tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32)) * scale
         s = tl.where((keys[None, :] <= positions[:, None]) & key_mask[None, :], s, float("-inf"))
         new_m = tl.maximum(m, tl.max(s, axis=1))
         safe = tl.where(new_m == float("-inf"), 0.0, new_m)
@@ -72,7 +72,7 @@ def _attend_split(
         l = l * alpha + tree_sum(p, BLOCK_Q, BLOCK_KV)  # noqa: E741
         v_mask = key_mask[:, None] & dim_mask[None, :]
         v = tl.load(v_ptr + base[:, None] + dims[None, :], mask=v_mask, other=0.0)  # [BLOCK_KV, BLOCK_D]
-        acc = tl.dot(p.to(DTYPE), v, acc * alpha[:, None], input_precision="ieee")
+        acc = product(p.to(DTYPE), v, acc * alpha[:, None])
         m = new_m
     return m, l, acc
 

@@ -114,18 +114,17 @@ def head_ranks(
     The arguments are those of the ``head_sample`` with ``ranks_follow=True`` that came right before.
     """
     num_rows, (n, k), num_logprobs = row_ids.shape[0], weights.shape, drawn.top_ids.shape[1]
-    tiles, count = logits_tiles(num_rows, k, x.element_size()), cdiv(n, VOCAB_TILE)
+    tiles, count = logits_tiles(num_rows, k, x.element_size(), weights.kind), cdiv(n, VOCAB_TILE)
     planes, candidates, rows, _, candidate_ids = scratch.parts(num_rows, n, num_logprobs)
     scales = x if weights.scales is None else weights.scales
     merges = num_rows if num_logprobs else 0
-    num_warps = 8 if tiles.block_t == 64 else tiles.num_warps  # with 4, sm_80 spills
     _head_ranks_kernel[(merges + count * cdiv(num_rows, tiles.block_t),)](
         x, weights.data, scales, row_ids, planes[0], candidates, *rows,
         candidate_ids, drawn.ranks, drawn.top_ids, drawn.top_logprobs, num_rows, num_logprobs, merges,
         planes.shape[1], x.stride(0), weights.data.stride(0), 0 if weights.scales is None else scales.stride(0),
         N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[x.dtype], SPAN=next_power_of_2(count),
         BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
-        **launch_options(num_warps, tiles.num_stages),
+        **launch_options(tiles.num_warps, tiles.num_stages),
     )  # fmt: skip
 
 

@@ -335,7 +335,7 @@ def head_sample(
         dependent: launched as ``kernels/dependent.py`` says.
     """
     num_rows, (n, k), num_logprobs = row_ids.shape[0], weights.shape, drawn.top_ids.shape[1]
-    tiles, count = logits_tiles(num_rows, k, x.element_size()), cdiv(n, VOCAB_TILE)
+    tiles, count = logits_tiles(num_rows, k, x.element_size(), weights.kind), cdiv(n, VOCAB_TILE)
     planes, candidates, rows, best_ids, candidate_ids = scratch.parts(num_rows, n, num_logprobs)
     scales = x if weights.scales is None else weights.scales
     counts, bias, allowed = options.output_counts, options.logit_bias, options.allowed

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
-from kernels.common import activate, apply_norm, arrive, tree_sum
+from kernels.common import activate, apply_norm, arrive, product, tree_sum
 from kernels.cost import Cost
 from kernels.dependent import let_next_start, prefetch_weights, wait_for_previous
 from kernels.tiles import BLOCK_N, MIN_ROWS, LinearTiles, cdiv, launch_options, linear_tiles, next_power_of_2
@@ -66,7 +67,7 @@ def split_product(
         ks = first_k + tl.arange(0, BLOCK_K)
         x_mask = (ks < K)[:, None] & row_mask[None, :]
         x = tl.load(x_ptr + x_rows[None, :] * x_stride + ks[:, None], mask=x_mask, other=0.0)  # [BLOCK_K, BLOCK_T]
-        acc = tl.dot(w, x, acc, input_precision="ieee")
+        acc = product(w, x, acc)
     return acc
 
 
@@ -92,8 +93,8 @@ def _store_qkv(
     within = outs % WIDTH
     tl.store(q_ptr + rows[None, :] * q_stride + within[:, None], y, mask=(part == 0)[:, None] & row_mask[None, :])
     kept = (slots >= 0)[None, :]
-    head_row = (slots // BLOCK_SIZE)[None, :] * (WIDTH // HEAD_DIM) + (within // HEAD_DIM)[:, None]
-    place = (head_row * BLOCK_SIZE + (slots % BLOCK_SIZE)[None, :]) * HEAD_DIM + (within % HEAD_DIM)[:, None]
+    in_token = within // HEAD_DIM * (BLOCK_SIZE * HEAD_DIM) + within % HEAD_DIM
+    place = (slots // BLOCK_SIZE * (BLOCK_SIZE * WIDTH) + slots % BLOCK_SIZE * HEAD_DIM)[None, :] + in_token[:, None]
     tl.store(k_ptr + place, y, mask=(part == 1)[:, None] & kept)
     tl.store(v_ptr + place, y, mask=(part == 2)[:, None] & kept)
 
@@ -238,13 +239,15 @@ def _linear_tile(
     prefetch_weights(w_ptr, outs, first_k, w_stride, N, K, WEIGHTS, BLOCK_K, STEPS, PDL)
     wait_for_previous(PDL)
     out_mask = outs < N
-    # Loaded early: their way from memory is hidden. A load whose value nobody wants has to be volatile.
-    bias = tl.load(bias_ptr + outs, mask=out_mask, other=0.0)
-    if EPILOGUE == "qkv":
-        slots = tl.load(slots_ptr + rows, mask=row_mask, other=-1)
-    elif EPILOGUE == "residual":
-        tl.load(norm_weight_ptr + outs, mask=out_mask, other=0.0, volatile=True)
-        tl.load(norm_bias_ptr + outs, mask=out_mask, other=0.0, volatile=True)
+    # Loaded early, their way from memory is hidden, but before sm_90 many rows leave no registers for it.
+    EARLY: tl.constexpr = not FUSED or EPILOGUE == "residual" or BLOCKS_PER_SPLIT <= 3 or cuda_capability_geq(9)
+    if EARLY:
+        bias = tl.load(bias_ptr + outs, mask=out_mask, other=0.0)
+        if EPILOGUE == "qkv":
+            slots = tl.load(slots_ptr + rows, mask=row_mask, other=-1)
+        elif EPILOGUE == "residual":  # a load whose value nobody wants has to be volatile
+            tl.load(norm_weight_ptr + outs, mask=out_mask, other=0.0, volatile=True)
+            tl.load(norm_bias_ptr + outs, mask=out_mask, other=0.0, volatile=True)
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for s in range(SPLITS if FUSED else 1):
         total += split_product(
@@ -266,6 +269,10 @@ def _linear_tile(
             total = _sum_partials(tile_partial_ptr, row_mask, SPLITS, BLOCK_N, BLOCK_T)
         if WEIGHTS == "int8":
             total *= tl.load(scale_ptr + outs, mask=out_mask, other=0.0)[:, None]
+        if not EARLY:
+            bias = tl.load(bias_ptr + outs, mask=out_mask, other=0.0)
+            if EPILOGUE == "qkv":
+                slots = tl.load(slots_ptr + rows, mask=row_mask, other=-1)
         total += bias.to(tl.float32)[:, None]
         y = activate(total, ACTIVATION)
         if EPILOGUE == "qkv":
@@ -384,7 +391,6 @@ def linear(
     grid = count * (1 if tiles.fused else tiles.splits)
     moments = workspace.partials[_partial_sums(tiles, count) :] if residual else workspace.partials
     scales = weights.scales
-    num_warps = 8 if weights.kind == "int4" and tiles.block_t == 64 else tiles.num_warps  # with 4, sm_80 spills
     _linear_kernel[(grid,)](
         x, weights.data, bias if scales is None else scales, bias, y, residual.x if residual else y,
         residual.weight if residual else bias, residual.bias if residual else bias, residual.normed if residual else y,
@@ -399,7 +405,7 @@ def linear(
         HEAD_DIM=cache.k.shape[3] if cache else 1, BLOCK_SIZE=cache.k.shape[2] if cache else 1,
         BLOCK_N=BLOCK_N, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, NORM_ROWS=tiles.norm_rows if residual else 1,
         NORM_SPAN=next_power_of_2(cdiv(n, BLOCK_N)) if residual else 1, PDL=dependent,
-        **launch_options(num_warps, tiles.num_stages, dependent),
+        **launch_options(tiles.num_warps, tiles.num_stages, dependent),
     )  # fmt: skip
 
 

@@ -99,15 +99,14 @@ def logits(
         dependent: launched as ``kernels/dependent.py`` says.
     """
     num_rows, (n, k) = row_ids.shape[0], weights.shape
-    tiles = logits_tiles(num_rows, k, x.element_size())
+    tiles = logits_tiles(num_rows, k, x.element_size(), weights.kind)
     scales = x if weights.scales is None else weights.scales
-    num_warps = 8 if weights.kind == "int4" and tiles.block_t == 64 else tiles.num_warps  # with 4, sm_80 spills
     _logits_kernel[(cdiv(n, VOCAB_TILE) * cdiv(num_rows, tiles.block_t),)](
         x, weights.data, scales, row_ids, y, num_rows, x.stride(0),
         weights.data.stride(0), 0 if weights.scales is None else scales.stride(0), y.stride(0),
         N=n, K=k, WEIGHTS=weights.kind, GROUP=weights.group, DTYPE=TRITON_TYPES[x.dtype],
         BLOCK_N=VOCAB_TILE, BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k, PDL=dependent,
-        **launch_options(num_warps, tiles.num_stages, dependent),
+        **launch_options(tiles.num_warps, tiles.num_stages, dependent),
     )  # fmt: skip
 
 

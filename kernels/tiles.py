@@ -11,7 +11,7 @@ from typing import Any
 BLOCK_N = 64  # outputs of a linear tile: the M side of the tensor core, 64 so that sm_90 uses wgmma for any row count
 MIN_ROWS = 16  # of a linear tile: with 8, Triton 3.7.1 falls back from wgmma to mma.sync on sm_90
 BLOCK_K = 64  # depth that K splits are made of, and of one step of a linear
-BLOCK_K_FLOAT32 = 16  # of one step in float32, which has no tensor core: with 64, Triton 3.7.1 spills kilobytes
+BLOCK_K_FLOAT32 = 32  # of one step in float32: with 64, sm_80 spills
 BLOCK_KV = 64  # keys of one step of attention
 MOST_ROWS_NORMALISED = {"float": 64, "int8": 32, "int4": 16}  # by one program of a linear; with more, sm_80 spills
 STAT_ROWS = 8  # rows that a stand-alone LayerNorm, or the embedding, does at a time
@@ -77,21 +77,24 @@ def linear_tiles(
     else:
         fused, most = num_rows > 16, 32 if num_rows <= 64 else 64
     fused = fused or splits == 1
-    return _linear_tiles(num_rows, element_size, splits, blocks_per_split, fused, most)
+    return _linear_tiles(num_rows, element_size, splits, blocks_per_split, fused, most, kind)
 
 
-def logits_tiles(num_rows: int, in_features: int, element_size: int) -> LinearTiles:
+def logits_tiles(num_rows: int, in_features: int, element_size: int, kind: str = "float") -> LinearTiles:
     """Tiles of the head: no K splits, since the vocabulary alone makes enough programs."""
-    return _linear_tiles(num_rows, element_size, 1, cdiv(in_features, BLOCK_K), True, 64)
+    return _linear_tiles(num_rows, element_size, 1, cdiv(in_features, BLOCK_K), True, 64, kind)
 
 
-def _linear_tiles(num_rows: int, element_size: int, splits: int, blocks: int, fused: bool, most: int) -> LinearTiles:
+def _linear_tiles(
+    num_rows: int, element_size: int, splits: int, blocks: int, fused: bool, most: int, kind: str
+) -> LinearTiles:
     block_t, norm_rows = min(max(MIN_ROWS, next_power_of_2(num_rows)), most), 4 if num_rows <= 4 else MIN_ROWS
     if element_size == 4:
         block_k = BLOCK_K_FLOAT32
         num_warps = 8 if block_t == 64 else 4  # with 4, GPT-2 XL's spill
         return LinearTiles(block_t, block_k, splits, blocks * (BLOCK_K // block_k), fused, num_warps, 3, norm_rows)
-    return LinearTiles(block_t, BLOCK_K, splits, blocks, fused, 4, 4 if block_t <= 32 else 3, norm_rows)
+    num_stages = 3 if block_t == 64 and kind == "float" else 4
+    return LinearTiles(block_t, BLOCK_K, splits, blocks, fused, 4, num_stages, norm_rows)
 
 
 def split_kv(n_heads: int, context_length: int) -> int:
@@ -117,7 +120,7 @@ def attention_tiles(head_dim: int, element_size: int, most_queries: int) -> Atte
     """
     many = most_queries > 16
     if element_size == 4:
-        return AttentionTiles(16, many, 8, 1)
+        return AttentionTiles(16, many, 4, 2)
     if many:
         return AttentionTiles(32, True, 8, 2)
     return AttentionTiles(16, False, 2 if head_dim <= 128 else 4, 2)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 KINDS = ("float", "int8", "int4")
 ROW_ALIGN = 64  # columns; rows of packed weights start at 16-byte boundaries in every kind
@@ -102,23 +103,30 @@ def weight_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Weights [BLOCK_N, BLOCK_K] as DTYPE; int8 without its scale, which the finished sum takes."""
-    ks = first_k + tl.arange(0, BLOCK_K)
     out_mask = outs < N
-    k_mask = ks < K
-    if WEIGHTS == "int4":
-        pairs = first_k // 2 + tl.arange(0, BLOCK_K // 2)
-        mask = out_mask[:, None] & (pairs < (K + 1) // 2)[None, :]
-        packed = tl.load(w_ptr + outs[:, None] * w_stride + pairs[None, :], mask=mask, other=0x88)
-        low = (packed & 15).to(tl.float32) - 8.0
-        high = (packed >> 4).to(tl.float32) - 8.0
-        w = tl.reshape(tl.join(low, high), [BLOCK_N, BLOCK_K])
-        scale = tl.load(
-            scale_ptr + outs[:, None] * scale_stride + ks[None, :] // GROUP,
-            mask=out_mask[:, None] & k_mask[None, :],
-            other=0.0,
-        )
-        w = w * scale.to(tl.float32)
+    # Words of 32 bits make copies to shared memory that are 128 bits wide, and a tile needs few registers. int8 is left
+    # as it is from sm_90 on: there words took up to a third longer.
+    PER_WORD: tl.constexpr = 8 if WEIGHTS == "int4" else 4
+    if WEIGHTS == "int4" or (WEIGHTS == "int8" and not cuda_capability_geq(9)):
+        words = first_k // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
+        mask = out_mask[:, None] & (words < (K + PER_WORD - 1) // PER_WORD)[None, :]
+        words_ptr = w_ptr.to(tl.pointer_type(tl.int32))
+        word = tl.load(words_ptr + outs[:, None] * (w_stride // 4) + words[None, :], mask=mask, other=0)
     else:
-        mask = out_mask[:, None] & k_mask[None, :]
+        ks = first_k + tl.arange(0, BLOCK_K)
+        mask = out_mask[:, None] & (ks < K)[None, :]
         w = tl.load(w_ptr + outs[:, None] * w_stride + ks[None, :], mask=mask, other=0)
+    if WEIGHTS == "int8" and not cuda_capability_geq(9):
+        even = tl.join((word << 24) >> 24, (word << 8) >> 24)
+        odd = tl.join((word << 16) >> 24, word >> 24)
+        w = tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_K])
+    elif WEIGHTS == "int4":
+        even = tl.join(tl.join(word, word >> 16), tl.join(word >> 8, word >> 24))
+        odd = tl.join(tl.join(word >> 4, word >> 20), tl.join(word >> 12, word >> 28))
+        q = (tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_K]) & 15).to(tl.float32) - 8.0
+        GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
+        groups = first_k // GROUP + tl.arange(0, GROUPS)
+        scale = tl.load(scale_ptr + outs[:, None] * scale_stride + groups[None, :], mask=out_mask[:, None], other=0.0)
+        scale = tl.broadcast_to(scale.to(tl.float32)[:, :, None], [BLOCK_N, GROUPS, BLOCK_K // GROUPS])
+        w = q * tl.reshape(scale, [BLOCK_N, BLOCK_K])
     return w.to(DTYPE)
