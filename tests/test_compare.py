@@ -137,7 +137,8 @@ def test_a_tiny_footprint(tmp_path: Path) -> None:
     (row,) = footprint.main(options.split())["rows"]
     config = checkpoint.PRESETS["tiny"]
     kv = 2 * 128 * 2 * config.n_layers * config.embed_dim * 4
-    assert row["weights_and_kv_MB"] * 1e6 == pytest.approx(4 * config.num_parameters + kv, rel=0.15)  # padded panels
+    # Panels of up to 48 outputs are padded, and tenths of a megabyte are given.
+    assert row["weights_and_kv_MB"] * 1e6 == pytest.approx(4 * config.num_parameters + kv, rel=0.2)
     assert row["anonymous_MB"] > 0
     assert row["context"] == 128 - footprint.TOKENS
     assert row["extra_kv_ms"] > 0
