@@ -26,7 +26,8 @@ const Kernels* kernels_generic();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
-#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__)
+// Tiles: Linux, whose permission isa.cpp asks for, and a compiler whose assembler is sure to know them.
+#if defined(__linux__) && defined(__x86_64__) && (__clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11))
 #define NATIVE_AMX 1
 const Kernels* kernels_amx();
 #endif
