@@ -24,8 +24,8 @@ TOLERANCE = {
     "bfloat16": 0.08,
     "int8": 0.4,
     "int4": 2.5,
-    "int4-g64": 3.0,
-    "int4-g128": 3.0,
+    "int4-g64": 2.5,
+    "int4-g128": 2.5,
 }  # of the logits of these models, whose spread is about 2
 
 

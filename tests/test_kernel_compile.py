@@ -20,14 +20,13 @@ from kernels.launches import MODELS, ModelShape, step_launches
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB
-# Bytes by target, model, dtype and launch: four of 1,128 specialisations, of many rows.
-KNOWN_SPILLS = {
-    ("sm_80", "gpt2", "int4", "qkv"): 8,
-    ("sm_80", "gpt2-large", "int4", "fc"): 8,
-    ("sm_80", "gpt2-large", "fp32", "attention"): 32,
-    ("sm_80", "gpt2-xl", "fp32", "attention"): 32,
+KNOWN_SPILLS = {  # bytes, by target, model, dtype, launch and BLOCK_T: what is still to be mended, four of 1,128
+    ("sm_80", "gpt2", "int4", "qkv", 32): 8,
+    ("sm_80", "gpt2-large", "int4", "fc", 64): 8,
+    ("sm_80", "gpt2-large", "fp32", "attention", None): 32,
+    ("sm_80", "gpt2-xl", "fp32", "attention", None): 32,
 }
-OTHER_SPILLS = {**KNOWN_SPILLS, ("sm_90", "gpt2", "bf16", "sampling"): 40}  # with a mask, under Triton 3.6 and 3.9
+OTHER_SPILLS = {("sm_90", "gpt2", "bf16", "sampling", None): 40}  # with a mask of allowed ids, under Triton 3.6 and 3.9
 STREAMING = (
     "qkv",
     "proj",
@@ -59,7 +58,7 @@ def broken_rules(target: str, rows: list[dict[str, Any]], known: Mapping[Any, in
     for row in rows:
         name = f"{row['model']} {row['dtype']} {row['launch']} {row['arguments']}"
         place = row["model"], row["dtype"], re.sub("head_(sample|ranks)", "logits", row["launch"])
-        if row["spills"] > known.get((target, *place[:2], row["launch"]), 0):
+        if row["spills"] > known.get((target, *place[:2], row["launch"], row["arguments"].get("BLOCK_T")), 0):
             found.append(f"{name} spills {row['spills']} bytes")
         if row["shared"] > SHARED_LIMIT[target] * 1024:
             found.append(f"{name} takes {row['shared']} bytes of shared memory")
@@ -109,7 +108,7 @@ def test_gpt2_compiles_to_what_the_manifest_says(target: str, committed: dict[st
     made = json.loads(text)
     rows = made["targets"][target]
     assert {row["launch"] for row in rows} >= {*STREAMING, "embedding", "sampling", "layer_norm"}
-    known = KNOWN_SPILLS if made["triton"] == committed["triton"] else OTHER_SPILLS
+    known = KNOWN_SPILLS if made["triton"] == committed["triton"] else KNOWN_SPILLS | OTHER_SPILLS
     assert broken_rules(target, rows, known) == []
     if made["triton"] == committed["triton"]:
         assert rows == [r for r in committed["targets"][target] if (r["model"], r["dtype"]) == ("gpt2", "bf16")]

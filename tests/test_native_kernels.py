@@ -148,11 +148,11 @@ def test_tiles_keep_their_sums_in_registers() -> None:
     """No tile of a vector instruction set moves a vector to or from the stack, those that cannot run here included."""
     command = ["objdump", "-dC", "--no-show-raw-insn", _native.__file__]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    name_of_tile = re.compile(r"[0-9a-f]+ <void native::avx\w+::(?:widening_)?tile<")
+    name_of_tile = re.compile(r"[0-9a-f]+ <void native::(?:avx\w+|amx)::(?:widening_)?tile<")
     tiles = [part for part in listing.split("\n\n") if name_of_tile.match(part)]
     if not tiles:
         pytest.skip("the extension has no symbols of the tiles: stripped, or not x86")
-    vectors = {"avx2", "avx512", "avx512_bf16"}
+    vectors = {"avx2", "avx512", "avx512_bf16"}  # and amx, where the compiler has it
     assert {name for name in vectors if any(f"native::{name}::" in tile for tile in tiles)} == vectors
     spilling = [tile.splitlines()[0] for tile in tiles if VECTOR_ON_STACK.search(tile)]
     assert spilling == []

@@ -98,7 +98,10 @@ def test_wrong_weights_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "native backend has no dtype 'float16'; it accepts float32, bfloat16, int8, int4,"),
+        (
+            {"dtype": "float16"},
+            "native backend has no dtype 'float16'; it accepts float32, bfloat16, int8, int4, int4-g64, int4-g128",
+        ),
         ({"device": "cuda"}, "native backend has no device 'cuda'; it accepts cpu"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"block_size": 0}, "block_size is 0"),

@@ -27,8 +27,8 @@ TOLERANCE = {
     "bfloat16": 4e-2,
     "int8": 6e-2,
     "int4": 2e-1,
-    "int4-g64": 2.5e-1,
-    "int4-g128": 3e-1,
+    "int4-g64": 2e-1,
+    "int4-g128": 2e-1,
 }
 """Largest logit difference accepted, as a share of the largest logit, which counts as 10 at least: 1e-4 in float32."""
 
