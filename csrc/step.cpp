@@ -233,6 +233,7 @@ void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x
   });
 }
 
+// y = epilogue(norm(x) W^T + b) for `rows` rows of x; norm may be null. All threads call it and meet at its end.
 void Model::linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                    int64_t rows, const Output& y) {
   multiply(team, thread, matrix, prepare_rows(team, thread, matrix, x, stride, norm, rows), rows, y);

@@ -20,16 +20,14 @@ def processor_name() -> str:
 
 def instruction_sets() -> list[str]:
     """Those of the vector instruction sets that matter for inference which this processor has, where it is known."""
-    wanted = (
-        *("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"),
-        *("asimd", "bf16"),
-    )
+    x86 = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+    arm = ("asimd", "bf16")
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next((set(line.split()) for line in file if line.startswith(("flags", "Features"))), set())
     except OSError:
         flags = set()
-    return [name for name in wanted if name in flags]
+    return [name for name in (*x86, *arm) if name in flags]
 
 
 def usable_cpus(cgroup: Path = _CGROUP) -> int:
