@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import OURS
+from benchmarks.engines import OWN
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 COLOURS = {True: "#2563eb", False: "#c3c8d1"}
@@ -41,12 +41,12 @@ def title(case: str) -> str:
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     """One case on one axes: bars from the fastest down, the limit's tick behind ours."""
     speeds = [row["tokens_per_s"] for row in rows]
-    colours = [COLOURS[row["engine"] == OURS] for row in rows]
+    colours = [COLOURS[row["engine"] in OWN] for row in rows]
     bars = axes.barh([label(row) for row in rows], speeds, color=colours, height=0.72)
-    ours = {place: row for place, row in enumerate(rows) if row["engine"] == OURS}
+    ours = {place: row for place, row in enumerate(rows) if row["engine"] in OWN}
     limits = {place: row["tokens_per_s"] / row["share_of_limit"] for place, row in ours.items()}
     axes.vlines(limits.values(), [p - 0.36 for p in limits], [p + 0.36 for p in limits], color=INK, linewidth=1.4)
-    shares = [f" {row['share_of_limit']:.0%} of the limit" if row["engine"] == OURS else "" for row in rows]
+    shares = [f" {row['share_of_limit']:.0%} of the limit" if row["engine"] in OWN else "" for row in rows]
     for bar, place, speed, share in zip(bars, range(len(rows)), speeds, shares, strict=True):
         right = max(speed, limits.get(place, 0))
         text = f"{speed:,.0f}" if speed >= 100 else f"{speed:,.1f}"
@@ -60,7 +60,7 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color(GRID)
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
-        if row["engine"] == OURS:
+        if row["engine"] in OWN:
             tick.set_color(COLOURS[True])
             tick.set_fontweight("bold")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import PRESETS, shared_checkpoint
-from benchmarks.engines import OURS, PEERS, PRECISIONS, ROOT, Engine, EngineError, find_pythons, start
+from benchmarks.engines import OWN, PEERS, PRECISIONS, ROOT, SCREENED, Engine, EngineError, find_pythons, start
 from engine.backends.native_backend import chosen_isa, load_extension
 from engine.bench.measure import ITEM_BYTES
 from engine.config import ModelConfig
@@ -65,17 +65,17 @@ def start_engines(args: argparse.Namespace, stack: ExitStack) -> tuple[list[Runn
     pythons = find_pythons(args.folder / "env") if args.peers else {}
     skipped = [f"{peer}: not installed" for peer in args.peers if peer not in pythons]
     ready = []
-    for peer in (OURS, *(peer for peer in args.peers if peer in pythons)):
+    for peer in (*OWN, *(peer for peer in args.peers if peer in pythons)):
         python = pythons.get(peer, Path(sys.executable))
         for precision in args.dtypes:
-            if peer != OURS and precision not in PEERS[peer].precisions:
+            if precision not in (OWN[peer] if peer in OWN else PEERS[peer].precisions):
                 continue
             log = args.folder / f"{peer}-{precision}.log"
             log.write_bytes(b"")
             try:
                 engine, said = start(peer, python, checkpoint, precision, log, args.threads, max(args.seqs))
             except EngineError as error:
-                if peer == OURS:
+                if peer in OWN:
                     raise
                 skipped.append(f"{peer} {precision}: {error}")
                 continue
@@ -92,7 +92,7 @@ def able_to_generate(runners: list[Runner], vocab_size: int, skipped: list[str])
         try:
             answers[runner.name] = runner.engine.generate(prompt, tokens).token_ids[0]
         except EngineError as error:
-            if runner.peer == OURS:
+            if runner.peer in OWN:
                 raise
             skipped.append(f"{runner.name}: {error}")
             continue
@@ -121,14 +121,20 @@ def check_agreement(answers: dict[str, list[int]], vocab_size: int, tokens: int)
         raise SystemExit(f"the float32 engines disagree on the greedy tokens: {exact}")
 
 
-def floor_seconds(config: ModelConfig, dtype: str, case: Case, read_rate: float, mac_rate: float) -> float:
-    """The least time of one step: every weight and cached value read once, or every product, whichever is more."""
+def floor_seconds(
+    config: ModelConfig, dtype: str, case: Case, read_rate: float, mac_rate: float, screened: bool = False
+) -> float:
+    """The least time of one step: every weight and cached value read once, or every product, whichever is more.
+
+    A screened head is read in int8. Its products count as if they were of ``dtype``.
+    """
     width, hidden = config.embed_dim, config.hidden_dim
     block = 4 * width * width + 2 * width * hidden
     head = config.vocab_size * width
     rows = case.seqs if case.tokens > 1 else case.seqs * case.prompt
     cached = case.seqs * (case.prompt + case.tokens / 2) * 2 * width * config.n_layers * max(2, ITEM_BYTES[dtype])
-    read = (config.n_layers * block + head) * ITEM_BYTES[dtype] + (cached if case.tokens > 1 else 0)
+    head_bytes = head * ITEM_BYTES["int8" if screened else dtype]
+    read = config.n_layers * block * ITEM_BYTES[dtype] + head_bytes + (cached if case.tokens > 1 else 0)
     macs = rows * config.n_layers * block + case.seqs * head
     return max(read / read_rate, macs / mac_rate)
 
@@ -168,7 +174,8 @@ def run_case(args: argparse.Namespace, runners: list[Runner], case: Case) -> lis
             time.sleep(PAUSE)
             seconds = step_seconds(runner.engine, case, prompts)
             if repeat >= 0:
-                floor = floor_seconds(config, runner.precision, case, limits["read"], limits[runner.precision])
+                rates = limits["read"], limits[runner.precision]
+                floor = floor_seconds(config, runner.precision, case, *rates, runner.peer == SCREENED)
                 times[runner.name].append(seconds)
                 shares[runner.name].append(floor / seconds)
         measured.append(limits)
@@ -192,9 +199,9 @@ def run_case(args: argparse.Namespace, runners: list[Runner], case: Case) -> lis
 
 def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """To ours of one case, add the best peer of the same precision, the best of all, and our speed over theirs."""
-    peers = [row for row in rows if row["engine"] != OURS]
+    peers = [row for row in rows if row["engine"] not in OWN]
     for row in rows:
-        if row["engine"] == OURS:
+        if row["engine"] in OWN:
             same = [peer for peer in peers if peer["precision"] == row["precision"]]
             for key, among in (("same", same), ("any", peers)):
                 if among:

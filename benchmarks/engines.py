@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-OURS = "ours"
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+OURS, SCREENED = "ours", "screened"  # the second is ours with screen_head
+OWN = {OURS: PRECISIONS, SCREENED: ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Engine:
 
     def __init__(self, adapter: str, python: Path, log: Path) -> None:
         self.adapter, self.log = adapter, log
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)} if adapter == OURS else dict(os.environ)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)} if adapter in OWN else dict(os.environ)
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
                 [str(python), str(ROOT / "benchmarks" / "peers" / "worker.py"), adapter],

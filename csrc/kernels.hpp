@@ -129,6 +129,10 @@ struct Kernels {
   void (*attention)(const Attention& a);
 
   Partial (*partial_sum)(const float* logits, int64_t begin, int64_t end);
+  // Of a screen (screen.hpp): x += rest in [begin, end), a multiple of the vectors' width at least at its beginning;
+  // returns the largest x - norm * error. And the first of which x + norm * error >= floor, or end.
+  float (*estimate)(float* x, const float* rest, const float* error, float norm, int64_t begin, int64_t end);
+  int64_t (*first_reaching)(const float* x, const float* error, float norm, float floor, int64_t begin, int64_t end);
   int64_t (*first_equal)(const float* x, int64_t begin, int64_t end, float value);
   int64_t (*count_above)(const float* x, int64_t n, float value);
   void (*divide)(float* x, int64_t n, float divisor);

@@ -61,6 +61,7 @@ Model::Model(Config config)
   if (!c.tied_head || quantised(c.storage)) tok_emb_ = Table(narrow, c.vocab_size, c.embed_dim);
   pos_emb_ = Table(narrow, c.context_length, c.embed_dim);
   head_ = Packed(c.storage, c.vocab_size, c.embed_dim, *kernels_);
+  if (c.screen_head) screen_ = Screen(head_.view(), *kernels_);
   blocks_.resize(static_cast<size_t>(c.n_layers));
   for (Block& block : blocks_) {
     block.qkv = Packed(c.storage, 3 * c.embed_dim, c.embed_dim, *kernels_);
@@ -119,7 +120,9 @@ void Model::update(const std::vector<Tensor>& tensors) {
   pos_emb_.fill(next[1], pool_);
   next += 2;
   norm(final_norm_);
-  head_.fill(*next++, nullptr, pool_);
+  head_.fill(*next, nullptr, pool_);
+  if (config_.screen_head) screen_.fill(*next, pool_);
+  ++next;
   for (Block& block : blocks_) {
     norm(block.norm1);
     matrix(block.qkv);
@@ -142,7 +145,7 @@ void Model::allocate(int64_t num_blocks) {
 int64_t Model::block_bytes() const { return config_.n_layers * (key_bytes_ + value_bytes_); }
 
 int64_t Model::weight_bytes() const {
-  int64_t total = tok_emb_.bytes() + pos_emb_.bytes() + head_.bytes();
+  int64_t total = tok_emb_.bytes() + pos_emb_.bytes() + head_.bytes() + screen_.bytes();
   for (const Block& block : blocks_) {
     total += block.qkv.bytes() + block.proj.bytes() + block.fc.bytes() + block.fc2.bytes();
   }

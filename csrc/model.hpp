@@ -12,6 +12,7 @@
 #include "packing.hpp"
 #include "pool.hpp"
 #include "sampling.hpp"
+#include "screen.hpp"
 
 namespace native {
 
@@ -25,6 +26,7 @@ struct Config {
   int64_t block_size;
   int threads;
   std::string isa;  // "" is the best that there is
+  bool screen_head;  // of rows of which the token alone is wanted; for a head that is not quantised
 
   int64_t head_dim() const { return embed_dim / n_heads; }
 };
@@ -85,7 +87,9 @@ class Model {
   void linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
               int64_t rows, const Output& y);
   void prepare_row(const Packed& matrix, const float* x, const Norm* norm, uint8_t* out, float* scale, float* scratch);
+  void gather(Team& team, const int32_t* batch_rows, int64_t count);
   void run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count);
+  void run_screened_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count, float* out);
   void run_layers(Team& team, int thread, const Batch& batch);
   void run_head(Team& team, int thread, const Batch& batch, float* logits, const Draws& draws);
   int64_t prepared_bytes(Storage storage, int64_t k) const;
@@ -101,6 +105,7 @@ class Model {
   std::vector<Block> blocks_;
   Norm final_norm_;
   Packed head_;
+  Screen screen_;  // where the config asks for it
 
   int64_t num_blocks_ = 0;
   int64_t block_lanes_, head_lanes_, key_bytes_, value_bytes_;  // bytes: of one block of one layer, all heads
@@ -122,8 +127,9 @@ class Model {
     int32_t sequence, first, count;
   };
   std::vector<Unit> units_;
-  std::vector<int32_t> wanted_;   // rows of the batch after which tokens are drawn, each once
-  std::vector<int32_t> draw_at_;  // for every draw, its row among them
+  // Rows of the batch after which tokens are drawn, each once: with all logits, and by the screen.
+  std::vector<int32_t> wanted_, screened_;
+  std::vector<int32_t> draw_at_;  // for every draw, its row among the first and then the second
   std::vector<int32_t> last_drawn_;
   Sampler sampler_;
 };

@@ -74,6 +74,7 @@ Sampling sampling_of(const py::object& object, int64_t vocab_size) {
     s.words = (vocab_size + 31) / 32;
     s.allowed = data_of<uint32_t>(p[14], "allowed", n * s.words);
   }
+  if (!p[15].is_none()) s.token_only = data_of<bool>(p[15], "token_only", n);
   return s;
 }
 
@@ -93,8 +94,8 @@ Storage storage_of(int code) {
 
 class PyModel {
  public:
-  PyModel(py::dict config, int storage, int64_t block_size, int threads, const std::string& isa)
-      : config_(convert(config, storage, block_size, threads, isa)), model_(config_) {}
+  PyModel(py::dict config, int storage, int64_t block_size, int threads, const std::string& isa, bool screen_head)
+      : config_(convert(config, storage, block_size, threads, isa, screen_head)), model_(config_) {}
 
   // Each tensor: (address, dtype code, rows, columns, row stride, column stride), strides in elements.
   void update(const std::vector<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>>& tensors) {
@@ -163,7 +164,8 @@ class PyModel {
   std::vector<std::string> names() const { return tensor_names(config_); }
 
  private:
-  static Config convert(const py::dict& c, int storage, int64_t block_size, int threads, const std::string& isa) {
+  static Config convert(const py::dict& c, int storage, int64_t block_size, int threads, const std::string& isa,
+                        bool screen_head) {
     const Storage stored = storage_of(storage);
     const auto size = [&](const char* key) {
       const auto value = c[key].cast<int64_t>();
@@ -183,7 +185,9 @@ class PyModel {
                   stored,
                   block_size,
                   threads,
-                  isa};
+                  isa,
+                  screen_head};
+    if (screen_head && quantised(stored)) throw std::invalid_argument("a quantised head has no screen");
     if (block_size < 1) throw std::invalid_argument("block_size is " + std::to_string(block_size));
     if (config.embed_dim % config.n_heads) throw std::invalid_argument("embed_dim is not a multiple of n_heads");
     if (static_cast<int64_t>(config.attn_scales.size()) != config.n_layers) {
@@ -201,8 +205,8 @@ class PyModel {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Steps of GPT-2 family models on the CPU (csrc/).";
   py::class_<PyModel>(m, "Model")
-      .def(py::init<py::dict, int, int64_t, int, const std::string&>(), py::arg("config"), py::arg("storage"),
-           py::arg("block_size"), py::arg("threads"), py::arg("isa"))
+      .def(py::init<py::dict, int, int64_t, int, const std::string&, bool>(), py::arg("config"), py::arg("storage"),
+           py::arg("block_size"), py::arg("threads"), py::arg("isa"), py::arg("screen_head"))
       .def("update", &PyModel::update)
       .def("allocate", &PyModel::allocate)
       .def("step", &PyModel::step)

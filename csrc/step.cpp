@@ -81,17 +81,29 @@ void Model::reserve(const Batch& b) {
   hidden_.reserve(rows * hidden_width_ * 4);
   // Rows whose head is computed: each once, however many tokens are drawn after it.
   const Sampling& s = b.sampling;
-  wanted_.assign(s.draw_rows, s.draw_rows + s.num_rows);
-  std::sort(wanted_.begin(), wanted_.end());
-  wanted_.erase(std::unique(wanted_.begin(), wanted_.end()), wanted_.end());
+  const auto screened = [&](int64_t r) { return config_.screen_head && s.token_only && s.token_only[r]; };
   draw_at_.resize(static_cast<size_t>(s.num_rows));
-  for (int64_t r = 0; r < s.num_rows; ++r) {
-    const auto place = std::lower_bound(wanted_.begin(), wanted_.end(), s.draw_rows[r]);
-    draw_at_[static_cast<size_t>(r)] = static_cast<int32_t>(place - wanted_.begin());
+  int64_t place = 0;
+  for (const bool which : {false, true}) {
+    std::vector<int32_t>& rows = which ? screened_ : wanted_;
+    rows.clear();
+    for (int64_t r = 0; r < s.num_rows; ++r) {
+      if (screened(r) == which) rows.push_back(s.draw_rows[r]);
+    }
+    std::sort(rows.begin(), rows.end());
+    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+    for (int64_t r = 0; r < s.num_rows; ++r) {
+      if (screened(r) != which) continue;
+      const auto found = std::lower_bound(rows.begin(), rows.end(), s.draw_rows[r]);
+      draw_at_[static_cast<size_t>(r)] = static_cast<int32_t>(place + (found - rows.begin()));
+    }
+    place += static_cast<int64_t>(rows.size());
   }
-  const int64_t head_rows = std::max<int64_t>(std::min(b.num_logits, kLogitsRows), static_cast<int64_t>(wanted_.size()));
+  const auto full = static_cast<int64_t>(wanted_.size()), by_screen = static_cast<int64_t>(screened_.size());
+  const int64_t head_rows = std::max({std::min(b.num_logits, kLogitsRows), full, by_screen});
   gathered_.reserve(head_rows * width_ * 4);
-  head_out_.reserve(head_rows * vocab_width_ * 4);
+  head_out_.reserve(std::max(head_rows, full + 2 * by_screen) * vocab_width_ * 4);
+  if (by_screen) screen_.reserve(by_screen);
   prepared_.reserve(std::max(rows, head_rows) * max_row_bytes_);
   scales_.reserve(std::max(rows, head_rows) * 4);
   units_.clear();
@@ -269,15 +281,31 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
   }
 }
 
-// Final norm and head of some of the batch's rows, to head_out_.
-void Model::run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count) {
+// Some of the batch's rows, side by side.
+void Model::gather(Team& team, const int32_t* batch_rows, int64_t count) {
   team.for_each(count, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(gathered_.floats() + i * width_, x_.floats() + batch_rows[i] * width_, static_cast<size_t>(width_) * 4);
     }
   });
+}
+
+// Final norm and head of some of the batch's rows, to head_out_.
+void Model::run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count) {
+  gather(team, batch_rows, count);
   linear(team, thread, head_, gathered_.floats(), width_, &final_norm_, count,
          {head_out_.floats(), vocab_width_, Epilogue::store});
+}
+
+// The same by the screen, to out, which has room for twice the rows: estimates, but exact where the largest may be.
+void Model::run_screened_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count, float* out) {
+  gather(team, batch_rows, count);
+  const Rows x = prepare_rows(team, thread, head_, gathered_.floats(), width_, &final_norm_, count);
+  team.for_each(count, 1, [&](int64_t i, int64_t) {
+    screen_.prepare(x.data + i * x.stride, i, count, space(thread) + space_.row);
+  });
+  multiply(team, thread, screen_.matrix(), screen_.rows(), 2 * count, {out, vocab_width_, Epilogue::store});
+  screen_.settle(team, head_.view(), x, count, out, vocab_width_, space(thread) + space_.matmul);
 }
 
 void Model::run_head(Team& team, int thread, const Batch& b, float* logits, const Draws& draws) {
@@ -290,7 +318,11 @@ void Model::run_head(Team& team, int thread, const Batch& b, float* logits, cons
     });
   }
   if (!b.sampling.num_rows) return;
-  run_head_rows(team, thread, wanted_.data(), static_cast<int64_t>(wanted_.size()));
+  const auto full = static_cast<int64_t>(wanted_.size()), by_screen = static_cast<int64_t>(screened_.size());
+  if (full) run_head_rows(team, thread, wanted_.data(), full);
+  if (by_screen) {
+    run_screened_rows(team, thread, screened_.data(), by_screen, head_out_.floats() + full * vocab_width_);
+  }
   sampler_.run(team, thread, *kernels_, b.sampling, head_out_.floats(), draw_at_.data(), draws);
 }
 

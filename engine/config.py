@@ -87,6 +87,9 @@ class EngineConfig:
         context_overflow: at the context length, "stop" with finish_reason "length", or "slide" the window over the
             last tokens, at the price of a whole prefill for every token.
         strict_jit: raise where a step would compile a kernel after warm-up; the triton backend alone has it.
+        screen_head: greedy requests that ask for no logprobs and no other option read an int8 copy of the head, and of
+            the head itself the few outputs that could be the largest: the same tokens from fewer bytes, while
+            ``cumulative_logprob`` becomes an estimate; the native backend alone has it, in float32 and bfloat16.
 
     Raises:
         ValueError: a count is not a positive integer, or an option has a value that it does not accept.
@@ -103,6 +106,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     context_overflow: Literal["stop", "slide"] = "stop"
     strict_jit: bool = False
+    screen_head: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(

@@ -112,6 +112,7 @@ class LLM:
             threads=config.threads,
             memory_fraction=memory_fraction if choice.device.startswith("cuda") else 0.9,
             strict_jit=config.strict_jit,
+            screen_head=config.screen_head,
         )
 
     def _make_core(self) -> EngineCore:

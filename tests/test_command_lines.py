@@ -136,6 +136,7 @@ def test_bytes_of_a_step() -> None:
     weights = 4 * (124_439_808 - 1024 * 768)
     assert step_bytes(config, "float32", 1, 0) == weights
     assert step_bytes(config, "float32", 2, 100) == weights + 2 * 100 * 12 * 2 * 768 * 4
+    assert step_bytes(config, "float32", 1, 0, screen_head=True) == weights - 3 * 50257 * 768
     assert [preset_config(name).num_parameters // 10**6 for name in PRESETS] == [124, 354, 774, 1557]
 
 

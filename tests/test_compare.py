@@ -121,7 +121,7 @@ def test_a_tiny_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out.splitlines()
     assert json.loads(printed[-1]) == json.loads((tmp_path / "result.json").read_text()) == result
     rows = {(row["case"], row["engine"], row["precision"]): row for row in result["rows"]}
-    names = (("ours", "float32"), ("ours", "int8"), ("transformers", "float32"))
+    names = (("ours", "float32"), ("ours", "int8"), ("screened", "float32"), ("transformers", "float32"))
     assert rows.keys() == {(case, *name) for case in ("decode 2", "prefill 127") for name in names}
     assert rows["decode 2", "ours", "float32"]["best_same"] == "transformers float32"
     assert "best_same" not in rows["decode 2", "ours", "int8"]
@@ -186,6 +186,8 @@ def test_the_floor() -> None:
     decode = compare.floor_seconds(config, "bfloat16", compare.Case("d", 1, 64, 2), 1e9, 1e15)
     matrices = 12 * 12 * 768 * 768 + 50257 * 768
     assert decode == pytest.approx((2 * matrices + 65 * 2 * 768 * 12 * 2) / 1e9)
+    screened = compare.floor_seconds(config, "bfloat16", compare.Case("d", 1, 64, 2), 1e9, 1e15, screened=True)
+    assert decode - screened == pytest.approx(50257 * 768 / 1e9)
     prefill = compare.floor_seconds(config, "bfloat16", compare.Case("p", 1, 512, 1), 1e15, 1e9)
     assert prefill == pytest.approx((512 * 12 * 12 * 768 * 768 + 50257 * 768) / 1e9)
 
@@ -197,13 +199,14 @@ def rows_of(**speeds: float) -> list[dict[str, Any]]:
 
 
 def test_ratios_are_to_the_best_peer() -> None:
-    rows = rows_of(ours_int8=30.0, ours_int4=50.0, x_int8=10.0, y_int8=20.0, y_float32=40.0)
-    first, second = compare.add_ratios(rows)[:2]
+    rows = rows_of(ours_int8=30.0, ours_int4=50.0, screened_float32=60.0, x_int8=10.0, y_int8=20.0, y_float32=40.0)
+    first, second, screened = compare.add_ratios(rows)[:3]
     assert (first["best_same"], first["times_best_same"]) == ("y int8", 1.5)
     assert (first["best_any"], first["times_best_any"]) == ("y float32", 0.75)
     assert "best_same" not in second
     assert second["times_best_any"] == 1.25
-    assert not any("best_any" in row for row in rows[2:])
+    assert (screened["best_same"], screened["times_best_same"]) == ("y float32", 1.5)
+    assert not any("best_any" in row for row in rows[3:])
 
 
 def test_the_chart(tmp_path: Path) -> None:
@@ -225,7 +228,9 @@ def test_the_chart(tmp_path: Path) -> None:
 
 def test_peers_have_an_adapter_and_an_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = engines.ROOT / "benchmarks" / "peers"
-    assert {path.stem for path in folder.glob("*_peer.py")} == {f"{name}_peer" for name in (*engines.PEERS, "ours")}
+    assert {path.stem for path in folder.glob("*_peer.py")} == {
+        f"{name}_peer" for name in (*engines.PEERS, *engines.OWN)
+    }
     commands: list[list[str]] = []
     monkeypatch.setattr(make_peers.venv, "create", lambda folder, with_pip: commands.append([str(folder)]))
     monkeypatch.setattr(make_peers.subprocess, "run", lambda command, check: commands.append(command[3:]))

@@ -16,8 +16,17 @@ def versions() -> dict[str, str]:
 class Engine:
     """``LLM`` on the checkpoint; every prompt is run whole in one step."""
 
-    def __init__(self, checkpoint: Path, precision: str, threads: int, max_seqs: int) -> None:
-        self.llm = LLM(checkpoint, backend="native", dtype=precision, threads=threads, max_num_seqs=max_seqs)
+    def __init__(
+        self, checkpoint: Path, precision: str, threads: int, max_seqs: int, screen_head: bool = False
+    ) -> None:
+        self.llm = LLM(
+            checkpoint,
+            backend="native",
+            dtype=precision,
+            threads=threads,
+            max_num_seqs=max_seqs,
+            screen_head=screen_head,
+        )
         capacity = self.llm.backend.capacity()
         blocks = max_seqs * -(-self.llm.max_model_len // self.llm.engine_config.block_size)
         self.facts = {

@@ -74,6 +74,7 @@ class SamplingBatch:
     logit_bias: Sparse | None = None
     allowed: U32 | None = None  # [R, ceil(vocab_size / 32)]
     ranks: bool = True  # whether ranks are read: if not, one above 1 may be given as 0
+    token_only: npt.NDArray[np.bool_] | None = None  # [R], greedy without any option, and nobody reads the logprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ class Backend(ABC):
         threads: CPU threads, where that means something; None is as many as the process may use.
         memory_fraction: share of the device's memory that weights and KV cache may take.
         strict_jit: raise where a step would compile a kernel after warm-up; for backends that compile while they run.
+        screen_head: draw ``token_only`` rows with the help of a quantised head: the same tokens, a less exact logprob.
 
     Raises:
         ValueError: a dtype, device, shape or option that the backend does not have, with what it accepts.
@@ -156,6 +158,7 @@ class Backend(ABC):
         threads: int | None = None,
         memory_fraction: float = 0.9,
         strict_jit: bool = False,
+        screen_head: bool = False,
     ) -> None: ...
 
     @abstractmethod

@@ -23,6 +23,12 @@ def check_no_strict_jit(strict_jit: bool, owner: str) -> None:
         )
 
 
+def check_no_screen_head(screen_head: bool, owner: str) -> None:
+    """Refuse ``screen_head`` where the head is always computed whole."""
+    if screen_head:
+        raise ValueError(f"the {owner} backend has no screen_head=True, the native one has; it accepts False")
+
+
 def check_batch(batch: Batch, model: ModelConfig, num_blocks: int, block_size: int, num_drawn: int) -> None:
     """Refuse a batch that is empty or points outside of the model, the KV cache, itself or the step before.
 

@@ -114,17 +114,22 @@ class NativeBackend(Backend):
         threads: int | None = None,
         memory_fraction: float = 0.9,
         strict_jit: bool = False,
+        screen_head: bool = False,
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
         check_no_strict_jit(strict_jit, self.name)
         check_choice("device", device, self.devices, self.name)
+        if screen_head and dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"screen_head=True needs dtype float32 or bfloat16: with {dtype} the head itself is quantised"
+            )
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self._config = model
         self._memory_fraction = memory_fraction
         cpus = usable_cpus()
         self._model = load_extension().Model(
-            asdict(model), _STORAGE[dtype], block_size, threads or cpus, os.environ.get(ISA_VARIABLE, "")
+            asdict(model), _STORAGE[dtype], block_size, threads or cpus, os.environ.get(ISA_VARIABLE, ""), screen_head
         )
         self._pause = _openmp_pause()
         self._room = max(0, cpus - self.threads)  # threads of PyTorch's that can spin and be in nobody's way
@@ -199,6 +204,7 @@ def _options(sampling: SamplingBatch) -> tuple[Any, ...]:
         _parts(sampling.output_counts),
         _parts(sampling.logit_bias),
         sampling.allowed,
+        sampling.token_only,
     )
 
 

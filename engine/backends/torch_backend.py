@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from engine.backends import torch_sampling
 from engine.backends.base import Backend, Batch, Capacity, StepOutput
-from engine.backends.checks import check_batch, check_choice, check_no_strict_jit, free_memory
+from engine.backends.checks import check_batch, check_choice, check_no_screen_head, check_no_strict_jit, free_memory
 from engine.config import ModelConfig
 from engine.reference import ACTIVATIONS
 
@@ -80,9 +80,11 @@ class TorchBackend(Backend):
         threads: int | None = None,
         memory_fraction: float = 0.9,
         strict_jit: bool = False,
+        screen_head: bool = False,
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
         check_no_strict_jit(strict_jit, self.name)
+        check_no_screen_head(screen_head, self.name)
         check_choice("device", device.partition(":")[0], self.devices, self.name)
         if dtype == "float64" and device.startswith("mps"):
             raise ValueError("the torch backend has no dtype 'float64' on device 'mps'; it accepts float32 and smaller")

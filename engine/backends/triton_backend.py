@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from engine.backends.base import Backend, Batch, Capacity, StepOutput
-from engine.backends.checks import check_batch, check_choice, check_no_strict_jit, free_memory
+from engine.backends.checks import check_batch, check_choice, check_no_screen_head, check_no_strict_jit, free_memory
 from engine.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -61,12 +61,14 @@ class TritonBackend(Backend):
         memory_fraction: float = 0.9,
         graphs: bool = True,
         strict_jit: bool = False,
+        screen_head: bool = False,
         dependent_launch: bool = False,
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
         check_choice("device", device.partition(":")[0], self.devices, self.name)
         if (reason := self.refuses(model)) is not None:
             raise ValueError(reason)
+        check_no_screen_head(screen_head, self.name)
         self._prepare(strict_jit)
         if dependent_launch and not self._has_dependent_launch(torch.device(device)):
             raise ValueError(

@@ -95,7 +95,9 @@ def measure_batch(llm: LLM, prompts: Sequence[Sequence[int]], steps: int, repeat
         ttft=statistics.median(times[0] for run in runs for times in run),
         tpot=statistics.median(gaps),
         tpot_p90=gaps[int(0.9 * (len(gaps) - 1))],
-        bytes_per_step=step_bytes(llm.model_config, llm.dtype, len(prompts), len(prompts[0]) + steps // 2),
+        bytes_per_step=step_bytes(
+            llm.model_config, llm.dtype, len(prompts), len(prompts[0]) + steps // 2, llm.engine_config.screen_head
+        ),
     )
 
 
@@ -127,13 +129,17 @@ ITEM_BYTES = {
 """Bytes a weight; int4 has a scale of 16 bits for every 32, 64 or 128."""
 
 
-def step_bytes(model: ModelConfig, dtype: str, batch: int, context: int) -> int:
-    """Bytes that a decode step cannot help reading: every weight but the embeddings' other rows, and K and V."""
+def step_bytes(model: ModelConfig, dtype: str, batch: int, context: int, screen_head: bool = False) -> int:
+    """Bytes that a decode step cannot help reading: every weight but the embeddings' other rows, and K and V.
+
+    With ``screen_head`` the head is read in int8, and of itself only a few outputs.
+    """
     item = ITEM_BYTES[dtype]
+    saved = (item - ITEM_BYTES["int8"]) * model.vocab_size * model.embed_dim if screen_head else 0
     embeddings = (0 if model.tied_head else model.vocab_size) + model.context_length
     weights = model.num_parameters - embeddings * model.embed_dim
     cached = batch * context * 2 * model.n_layers * model.embed_dim
-    return int(item * weights + max(item, 2.0) * cached)  # K and V of quantised models are bfloat16
+    return int(item * weights - saved + max(item, 2.0) * cached)  # K and V of quantised models are bfloat16
 
 
 def read_bandwidth(device: str, seconds: float = 1.0) -> float:

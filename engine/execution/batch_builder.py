@@ -93,7 +93,15 @@ def _sampling(draws: Sequence[Draw], vocab_size: int) -> SamplingBatch:
         logit_bias=_sparse((p.logit_bias or {}).items() for p in params) if any(p.logit_bias for p in params) else None,
         allowed=np.stack([_allowed_bits(draw, vocab_size) for draw in draws]) if masked else None,
         ranks=any(p.logprobs is not None for p in params),
+        token_only=np.asarray([_is_token_only(draw) for draw in draws], np.bool_),
     )
+
+
+def _is_token_only(draw: Draw) -> bool:
+    """Whether the most probable token is drawn, whatever the others' logits are, and its logprob is not asked for."""
+    p = draw.params
+    optioned = p.has_penalties or p.logit_bias or p.allowed_token_ids is not None or draw.banned_token_ids
+    return p.temperature == 0 and p.logprobs is None and not optioned
 
 
 def _history_counts(draw: Draw) -> Iterable[tuple[int, float]]:

@@ -1,0 +1,156 @@
+"""``screen_head``: the token is the whole head's, its logprob close to it, whatever the weights and the neighbours."""
+
+import numpy as np
+import pytest
+import torch
+from models import random_weights, tiny_config
+from native_steps import BLOCK, ISAS, batch, ids_of, neutral
+
+from engine import LLM, SamplingParams
+from engine.backends.base import StepOutput
+from engine.backends.native_backend import NativeBackend
+from engine.backends.torch_backend import TorchBackend
+from engine.config import ModelConfig
+
+CONFIG = tiny_config(vocab_size=4099, embed_dim=72, n_heads=2)  # odd, two pieces of panels, whole vectors and a rest
+ROWS = 6
+
+
+def hard_weights(kind: str, config: ModelConfig = CONFIG) -> dict[str, torch.Tensor]:
+    """Weights whose heads are not easy: each "kind" is a way in which int8 says too little, or nothing at all."""
+    weights = random_weights(config, scale=0.15)
+    generator = torch.Generator().manual_seed(1)
+    head = weights["head"] = torch.randn(config.vocab_size, config.embed_dim, generator=generator) * 0.15
+    half = config.vocab_size // 2
+    if kind == "close":  # every output has a neighbour that beats it, or not, by far less than an int8 step
+        head[half : 2 * half] = head[:half] + 2e-4 * torch.randn(half, config.embed_dim, generator=generator)
+    elif kind == "equal":
+        head[half : 2 * half] = head[:half]
+    elif kind == "outlier":  # one dimension takes the scale of weights and rows
+        head[:, 3] *= 40
+        weights["final_norm.weight"][5] = 60.0
+    elif kind == "uneven":  # the outputs that win are not those with the largest weights
+        order = torch.randperm(config.vocab_size, generator=generator)
+        head *= torch.logspace(-3, 0, config.vocab_size)[order][:, None]
+    elif kind == "whole":  # int8 holds the weights as they are: all that is left out is of the rows, and not small
+        head.copy_(torch.randint(-126, 127, head.shape, generator=generator) / 512)
+        head[:, 0] = 127 / 512
+        weights["final_norm.weight"][5] = 60.0
+    elif kind == "zero":
+        head.zero_()
+    elif kind == "tiny":
+        head *= 1e-36
+    elif kind == "huge":
+        head *= 1e30
+    return weights
+
+
+KINDS = ("random", "close", "equal", "outlier", "uneven", "whole", "zero", "tiny", "huge")
+
+
+def make(weights: dict[str, torch.Tensor], dtype: str, threads: int = 2) -> NativeBackend:
+    backend = NativeBackend(
+        CONFIG, weights, dtype=dtype, device="cpu", block_size=BLOCK, threads=threads, screen_head=True
+    )
+    backend.allocate(96)
+    return backend
+
+
+def run(backend: NativeBackend, only: list[bool], temperature: float = 0.0, parts: slice = slice(None)) -> StepOutput:
+    """Draws after ROWS prompts of different lengths, or some of them, and the logits of their last rows."""
+    prompts = [(row, 0, ids_of(row, 3 + row, CONFIG)) for row in range(ROWS)][parts]
+    ends = np.cumsum([len(ids) for _, _, ids in prompts]) - 1
+    sampling = neutral(
+        len(prompts), temperature=np.full(len(prompts), temperature, np.float32), token_only=np.array(only, np.bool_)
+    )
+    return backend.collect(backend.submit(batch(prompts, "last", sampling, ends.tolist())))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_token_is_that_of_the_whole_head(isa: str, dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_ISA", isa)
+    found = run(make(hard_weights(kind), dtype), [True] * ROWS)
+    assert found.logits is not None
+    whole = found.logits.double()
+    assert found.token_ids.tolist() == [int(np.argmax(row)) for row in whole.numpy()]
+    assert found.ranks.tolist() == [1] * ROWS
+    exact = torch.log_softmax(whole, 1)[range(ROWS), found.token_ids]
+    assert np.abs(found.logprobs - exact.numpy()).max() < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_estimates_are_what_it_works_with(dtype: str) -> None:
+    """Else the test above would compare the whole head with itself."""
+    backend = make(hard_weights("random"), dtype)
+    by_screen, whole = run(backend, [True] * ROWS), run(backend, [False] * ROWS)
+    assert (by_screen.token_ids == whole.token_ids).all()
+    assert (by_screen.logprobs != whole.logprobs).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_the_neighbours(dtype: str) -> None:
+    weights = hard_weights("close")
+    backend = make(weights, dtype, threads=3)
+    together = run(backend, [True] * ROWS)
+    mixed = run(backend, [row % 2 == 0 for row in range(ROWS)])
+    whole = run(make(weights, dtype, threads=1), [False] * ROWS)
+    for row in range(ROWS):
+        alone = run(backend, [True], parts=slice(row, row + 1))
+        assert alone.token_ids[0] == together.token_ids[row]
+        assert alone.logprobs[0] == together.logprobs[row]
+        beside = together if row % 2 == 0 else whole
+        assert (mixed.token_ids[row], mixed.logprobs[row]) == (beside.token_ids[row], beside.logprobs[row])
+
+
+def test_rows_that_are_drawn_from_by_chance_see_the_whole_head() -> None:
+    weights = hard_weights("random")
+    backend = make(weights, "float32")
+    plain = NativeBackend(CONFIG, weights, dtype="float32", device="cpu", block_size=BLOCK, threads=2)
+    plain.allocate(96)
+    found, wanted = run(backend, [False] * ROWS, 1.0), run(plain, [False] * ROWS, 1.0)
+    assert (found.token_ids == wanted.token_ids).all()
+    assert (found.logprobs == wanted.logprobs).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_that_is_not_finite_is_refused(value: float) -> None:
+    weights = hard_weights("random")
+    weights["head"][CONFIG.vocab_size - 2, 7] = value
+    with pytest.raises(ValueError, match="no token can be drawn from the logits of drawn row 0"):
+        run(make(weights, "float32"), [True] * ROWS)
+
+
+def test_new_weights_are_screened_anew() -> None:
+    backend = make(hard_weights("random"), "bfloat16")
+    backend.update_weights(hard_weights("outlier"))
+    found, wanted = run(backend, [True] * ROWS), run(make(hard_weights("outlier"), "bfloat16"), [True] * ROWS)
+    assert (found.token_ids == wanted.token_ids).all()
+    assert (found.logprobs == wanted.logprobs).all()
+
+
+def test_generation_is_the_same_and_requests_with_logprobs_are_exact() -> None:
+    plain, by_screen = LLM(dtype="float32", backend="native"), LLM(dtype="float32", backend="native", screen_head=True)
+    assert by_screen.backend.capacity().weight_bytes > plain.backend.capacity().weight_bytes
+    prompts = ["It is a truth", "She", "In the morning Mr. Darcy"]
+    for params in (
+        SamplingParams(temperature=0, max_tokens=40),
+        SamplingParams(temperature=0, max_tokens=20, logprobs=3),
+        SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3, logit_bias={11: 2.0}),
+        SamplingParams(temperature=0, max_tokens=20, allowed_token_ids=list(range(5, 400))),
+        SamplingParams(temperature=0.8, top_k=50, seed=3, max_tokens=20),
+    ):
+        for a, b in zip(*(llm.generate(prompts, params, use_tqdm=False) for llm in (plain, by_screen)), strict=True):
+            one, other = a.outputs[0], b.outputs[0]
+            assert one.token_ids == other.token_ids
+            assert one.logprobs == other.logprobs
+            off = abs(one.cumulative_logprob - other.cumulative_logprob) / len(one.token_ids)
+            assert off == 0 if params.logprobs or params.repetition_penalty != 1 or params.top_k > 0 else off < 2e-3
+
+
+def test_who_has_it_not_says_so() -> None:
+    with pytest.raises(ValueError, match="screen_head=True needs dtype float32 or bfloat16: with int8"):
+        NativeBackend(CONFIG, {}, dtype="int8", device="cpu", block_size=BLOCK, screen_head=True)
+    with pytest.raises(ValueError, match="the torch backend has no screen_head=True, the native one has"):
+        TorchBackend(CONFIG, {}, dtype="float32", device="cpu", block_size=BLOCK, screen_head=True)
