@@ -104,6 +104,20 @@ def test_bench_on_a_users_model(checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_the_loops_are_compared_in_their_own_precision(checkpoint: Path, tmp_path: Path) -> None:
+    """Less than float32, asked for or "auto" on some CPUs, is a row of its own: the loop's tokens are float32's."""
+    arguments = ["--model", str(checkpoint / "model.pth"), "--config", str(checkpoint / "gpt.json")]
+    sizes = ["--dtype", "bfloat16", "--prompt-len", "16", "--gen-len", "8", "--batch", "1", "--repeats", "1"]
+    done = run("engine.bench", *arguments, *sizes, "--plot", str(tmp_path / "out.png"))
+    assert done.returncode == 0, done.stderr
+    loops = json.loads(done.stdout.splitlines()[-1])["loops"]
+    assert list(loops)[2:] == ["LLM.generate, float32", "LLM.generate, bfloat16"]
+    assert loops["naive loop"]["token_ids"] == loops["LLM.generate, float32"]["token_ids"]
+    assert "In lower precision: " in done.stdout
+    assert "LLM.generate, bfloat16: where two tokens are closer" in done.stdout
+
+
 def test_the_check_catches_a_wrong_engine() -> None:
     """The bench refuses to print speed when a weight of the reference is another."""
     module = tiny_module()

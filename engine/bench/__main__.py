@@ -106,7 +106,7 @@ def main() -> None:
     loops: dict[str, LoopResult] = {}
     if not args.no_naive:
         with progress.status("the naive loop, optimize, and the engine"):
-            loops = _loops(llm, reference, prompts[0], args.gen_len)
+            loops = _loops(args, checkpoint, llm, reference, prompts[0])
         print_headline(console, loops)
     print_check(console, check)
     if loops:
@@ -190,15 +190,21 @@ def _show_sample(console: Console, llm: LLM) -> None:
     console.print("\n")
 
 
-def _loops(llm: LLM, reference: GPTModel, prompt: list[int], steps: int) -> dict[str, LoopResult]:
-    device = torch.device(llm.device)
+def _loops(
+    args: argparse.Namespace, checkpoint: Checkpoint, llm: LLM, reference: GPTModel, prompt: list[int]
+) -> dict[str, LoopResult]:
+    """The naive loop and what replaces it, in float32 as the loop, and then as asked for where that is less."""
+    device, steps = torch.device(llm.device), args.gen_len
     reference = reference.to(device)
     naive = measure_loop(reference, prompt, steps, device)
     fast = optimize(reference, backend=llm.backend.name, threads=llm.engine_config.threads)
-    return {
-        "naive loop": naive,
-        "engine.optimize, same loop": measure_loop(fast, prompt, steps, device),
-        "LLM.generate": measure_engine_loop(llm, prompt, steps),
+    loops = {"naive loop": naive, "engine.optimize, same loop": measure_loop(fast, prompt, steps, device)}
+    if llm.dtype in ("float32", "float64"):
+        return loops | {"LLM.generate": measure_engine_loop(llm, prompt, steps)}
+    options = model_options(args) | {"model": checkpoint, "config": None, "dtype": "float32", "max_num_seqs": 1}
+    return loops | {
+        "LLM.generate, float32": measure_engine_loop(LLM(**options), prompt, steps),
+        f"LLM.generate, {llm.dtype}": measure_engine_loop(llm, prompt, steps),
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.bench.measure import BatchResult, LoopResult
 
 _INK, _MUTED, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
-_COLOURS = ("#9ca3af", "#60a5fa", "#2563eb")
+_COLOURS = ("#9ca3af", "#60a5fa", "#2563eb", "#1e3a8a")
 
 
 def save_plot(

@@ -20,20 +20,24 @@ def print_check(console: Console, result: CheckResult) -> None:
 
 
 def print_headline(console: Console, loops: dict[str, LoopResult]) -> None:
-    """What a user came for: their loop, the engine, and whether the tokens are the same."""
-    naive, *_, engine = loops.values()
+    """What a user came for: their loop, the engine, and whether the tokens are the same.
+
+    ``loops`` has the naive loop, ``optimize`` and ``LLM`` in its precision, then perhaps ``LLM`` in a lower one.
+    """
+    naive, _, engine, *lower = loops.values()
     equal = sum(a == b for a, b in zip(engine.token_ids, naive.token_ids, strict=True))
     console.print(
         f"The naive loop: {naive.tokens_per_second:.1f} tokens/s. "
         f"The engine: [bold]{engine.tokens_per_second:.1f} tokens/s, "
         f"{engine.tokens_per_second / naive.tokens_per_second:.1f} times that[/], "
-        f"with {equal} of {len(naive.token_ids)} tokens identical.",
+        f"with {equal} of {len(naive.token_ids)} tokens identical."
+        + "".join(f" In lower precision: {loop.tokens_per_second:.1f} tokens/s." for loop in lower),
         highlight=False,
     )
 
 
 def print_loops(console: Console, loops: dict[str, LoopResult], prompt_len: int, steps: int) -> None:
-    """The naive loop beside the same tokens from ``optimize`` and from ``LLM``; the first of ``loops`` is naive."""
+    """The naive loop beside the same tokens from ``optimize`` and from ``LLM``, as ``print_headline`` says."""
     table = Table(title=f"{steps} greedy tokens after a prompt of {prompt_len}, one sequence", title_justify="left")
     for heading in ("", "tokens/s", "times naive", "same tokens"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -43,6 +47,11 @@ def print_loops(console: Console, loops: dict[str, LoopResult], prompt_len: int,
         ratio = loop.tokens_per_second / naive.tokens_per_second
         table.add_row(name, f"{loop.tokens_per_second:.1f}", f"{ratio:.1f}x", f"{equal}/{steps}")
     console.print(table)
+    for name in list(loops)[3:]:
+        console.print(
+            f"{name}: where two tokens are closer than this precision's error it may take the other one, and goes on "
+            "from there. Whether it does so nowhere else is what the check above says."
+        )
 
 
 def print_batches(console: Console, batches: Sequence[BatchResult], bandwidth: float, title: str) -> None:
