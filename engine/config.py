@@ -76,7 +76,8 @@ class EngineConfig:
 
     Args:
         backend: "auto", or a backend that `python -m engine.doctor` lists.
-        dtype: "auto", "float32", "bfloat16", "float16" or "float64", where the backend has it.
+        dtype: "auto", "float32", "bfloat16", "float16", "float64", "int8", "int4", "int4-g64" or "int4-g128", where the
+            backend has it.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps", where the backend has it.
         threads: CPU threads; None: as many as this process may use.
         max_model_len: longest sequence in tokens; None: the model's context length.

@@ -342,7 +342,7 @@ def test_arguments(module: GPTModel) -> None:
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be in"),
         ({"max_model_len": 65}, "max_model_len=65 is above the model's context of 64"),
         ({"backend": "tpu"}, "unknown backend 'tpu'; choose from auto"),
-        ({"dtype": "int3"}, "no dtype 'int3'"),
+        ({"dtype": "int3"}, "no backend has dtype 'int3': native has float32, bfloat16, int8, .* torch has float32"),
         ({"context_overflow": "wrap"}, "context_overflow must be 'stop' or 'slide'"),
         ({"max_num_seqs": 0}, "max_num_seqs must be a positive integer"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens=8 is below"),

@@ -7,6 +7,9 @@ per row of activations), "int4-g64" and "int4-g128" (groups of 64 and 128: 6% an
 and int4 the KV cache and the embedding tables are bf16. Statistics, softmax, accumulation and the residual stream are
 float32. A row's bits do not depend on the batch, the chunking or the number
 of threads; they do depend on the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
+
+With ``screen_head`` rows of which the token alone is wanted are drawn by an int8 copy of the head and the outputs of the
+head itself that could be the largest (``csrc/screen.hpp``): for few sequences fewer bytes, for many more products.
 """
 
 import ctypes

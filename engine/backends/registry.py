@@ -86,10 +86,12 @@ def choose(
     """Settle every "auto", for a model where one is given.
 
     Raises:
-        ValueError: the backend is not known, with those that are.
+        ValueError: the backend is not known, or left to "auto" with a dtype that none has; with those that are.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
+    if backend == "auto" and dtype != "auto":
+        _check_some_backend_has(dtype)
     where, device_reason = default_device()
     if device != "auto":
         where, device_reason = device, "asked for"
@@ -101,6 +103,13 @@ def choose(
         dtype, dtype_reason = _default_dtype(name)
         reasons.append(f"{dtype}: {dtype_reason}")
     return Choice(BACKENDS[name](), dtype, where, "; ".join(reasons))
+
+
+def _check_some_backend_has(dtype: str) -> None:
+    found = {name: load().dtypes for name, load in BACKENDS.items()}
+    if not any(dtype in dtypes for dtypes in found.values()):
+        listed = "; ".join(f"{name} has {', '.join(dtypes)}" for name, dtypes in found.items())
+        raise ValueError(f"no backend has dtype {dtype!r}: {listed}")
 
 
 def _fastest(dtype: str, device: str, model: ModelConfig | None) -> tuple[str, str]:
