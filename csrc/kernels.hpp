@@ -102,6 +102,12 @@ struct Stream {  // of random numbers: the key and the counter's constant words 
   uint32_t sample_index;
 };
 
+struct Estimates {  // each is off by norm times its error at most
+  const float* values;
+  const float* errors;
+  float norm;
+};
+
 struct Kernels {
   const char* name;
   int64_t panel;           // outputs of a panel
@@ -129,10 +135,15 @@ struct Kernels {
   void (*attention)(const Attention& a);
 
   Partial (*partial_sum)(const float* logits, int64_t begin, int64_t end);
-  // Of a screen (screen.hpp): x += rest in [begin, end), a multiple of the vectors' width at least at its beginning;
-  // returns the largest x - norm * error. And the first of which x + norm * error >= floor, or end.
-  float (*estimate)(float* x, const float* rest, const float* error, float norm, int64_t begin, int64_t end);
-  int64_t (*first_reaching)(const float* x, const float* error, float norm, float floor, int64_t begin, int64_t end);
+  // Of a screen (screen.hpp), in [begin, end), begin a multiple of 32 and of the panels' width: x += rest; the largest
+  // that a value is at least, where it is noisy after division by the temperature and with Gumbel noise; and a mark for
+  // the panels, from begin's on, with a value that may reach `floor`.
+  void (*sum_estimates)(float* x, const float* rest, int64_t begin, int64_t end);
+  float (*plain_floor)(const Estimates& x, int64_t begin, int64_t end);
+  float (*noisy_floor)(const Estimates& x, float temperature, const Stream& stream, int64_t begin, int64_t end);
+  void (*plain_reaching)(const Estimates& x, float floor, int64_t begin, int64_t end, bool* panels);
+  void (*noisy_reaching)(const Estimates& x, float temperature, const Stream& stream, float floor, int64_t begin,
+                         int64_t end, bool* panels);
   int64_t (*first_equal)(const float* x, int64_t begin, int64_t end, float value);
   int64_t (*count_above)(const float* x, int64_t n, float value);
   void (*divide)(float* x, int64_t n, float divisor);

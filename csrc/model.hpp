@@ -127,8 +127,9 @@ class Model {
     int32_t sequence, first, count;
   };
   std::vector<Unit> units_;
-  // Rows of the batch after which tokens are drawn, each once: with all logits, and by the screen.
+  // Rows of the batch after which tokens are drawn: with all logits, each once, and by the screen, one for every draw.
   std::vector<int32_t> wanted_, screened_;
+  std::vector<Screen::Draw> screened_draws_;
   std::vector<int32_t> draw_at_;  // for every draw, its row among the first and then the second
   std::vector<int32_t> last_drawn_;
   Sampler sampler_;

@@ -33,7 +33,7 @@ struct Sampling {  // one entry a row
   SparseRows output_counts, logit_bias;
   const uint32_t* allowed;  // [num_rows, words], or null
   int64_t words;
-  const bool* token_only;  // or null: the most probable token of the raw logits is wanted, and no exact logprob
+  const bool* token_only;  // or null: the token is wanted, drawn with no option but a temperature, and no exact logprob
 };
 
 // Where the results go.

@@ -12,6 +12,7 @@ namespace {
 constexpr double kUp = 1.0 + 1e-6;    // what a conversion to float may take, and more
 constexpr double kFlushed = 1e-30;    // |x| or E that stands for what hardware takes for zero
 constexpr double kUnit = 1.0 / (1 << 24);
+constexpr float kNoiseRounding = 1e-5f;  // of four sums with noise, which is 23 at most
 
 }  // namespace
 
@@ -57,7 +58,8 @@ void Screen::reserve(int64_t count) {
   rows_.reserve(2 * count * row_bytes_);
   scales_.reserve(2 * count * 4);
   norms_.resize(static_cast<size_t>(count));
-  floors_.resize(static_cast<size_t>(count * pieces_));
+  plain_floors_.resize(static_cast<size_t>(count * pieces_));
+  noisy_floors_.resize(static_cast<size_t>(count * pieces_));
 }
 
 void Screen::prepare(const uint8_t* row, int64_t i, int64_t count, float* scratch) {
@@ -85,32 +87,47 @@ void Screen::prepare(const uint8_t* row, int64_t i, int64_t count, float* scratc
   put(count + i);
 }
 
-void Screen::settle(Team& team, const Matrix& head, const Rows& x, int64_t count, float* out, int64_t stride,
-                    float* scratch) {
-  team.for_each(count * pieces_, 1, [&](int64_t unit, int64_t) { estimate(unit, count, out, stride); });
-  team.for_each(count * pieces_, 1, [&](int64_t unit, int64_t) { compute(unit, head, x, out, stride, scratch); });
+void Screen::settle(Team& team, const Matrix& head, const Rows& x, int64_t count, const Draw* draws, float* out,
+                    int64_t stride, float* scratch) {
+  team.for_each(count * pieces_, 1, [&](int64_t unit, int64_t) {
+    const int64_t i = unit / pieces_;
+    find_floor(unit, draws[i], out + i * stride, out + (count + i) * stride);
+  });
+  team.for_each(count * pieces_, 1, [&](int64_t unit, int64_t) {
+    const int64_t i = unit / pieces_;
+    compute(unit, head, x, draws[i], out + i * stride, scratch);
+  });
 }
 
-void Screen::estimate(int64_t unit, int64_t count, float* out, int64_t stride) {
-  const int64_t i = unit / pieces_;
-  floors_[static_cast<size_t>(unit)] =
-      kernels_->estimate(out + i * stride, out + (count + i) * stride, errors_.floats(), norms_[static_cast<size_t>(i)],
-                         piece_begin(unit), piece_end(unit));
+void Screen::find_floor(int64_t unit, const Draw& draw, float* values, const float* rest) {
+  const int64_t begin = piece_begin(unit), end = piece_end(unit);
+  kernels_->sum_estimates(values, rest, begin, end);
+  const Estimates x = estimates(unit / pieces_, values);
+  plain_floors_[static_cast<size_t>(unit)] = kernels_->plain_floor(x, begin, end);
+  if (draw.temperature > 0) {
+    noisy_floors_[static_cast<size_t>(unit)] = kernels_->noisy_floor(x, draw.temperature, draw.stream, begin, end);
+  }
 }
 
-void Screen::compute(int64_t unit, const Matrix& head, const Rows& x, float* out, int64_t stride, float* scratch) {
-  const int64_t i = unit / pieces_, panel_width = kernels_->panel, end = piece_end(unit);
-  const float* floors = floors_.data() + i * pieces_;
-  const float floor = *std::max_element(floors, floors + pieces_);
-  const Rows row{x.data + i * x.stride, x.stride, nullptr};
-  const Output to{out + i * stride, stride, Epilogue::store};
-  for (int64_t output = piece_begin(unit); output < end;) {
-    output = kernels_->first_reaching(out + i * stride, errors_.floats(), norms_[static_cast<size_t>(i)], floor, output,
-                                      end);
-    if (output == end) break;
-    const int64_t panel = output / panel_width;
-    kernels_->matmul(head, row, 1, to, panel, panel + 1, scratch);
-    output = (panel + 1) * panel_width;
+void Screen::compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values, float* scratch) {
+  const int64_t row = unit / pieces_, begin = piece_begin(unit), end = piece_end(unit);
+  const Estimates all = estimates(row, values);
+  bool wanted[kPiecePanels] = {};
+  const auto floor = [&](const std::vector<float>& floors) {
+    const float* first = floors.data() + row * pieces_;
+    return *std::max_element(first, first + pieces_);
+  };
+  // Those that may be the largest without noise, too: the sum of all exponentials is of little else.
+  kernels_->plain_reaching(all, floor(plain_floors_), begin, end, wanted);
+  if (draw.temperature > 0) {
+    const float noisy = floor(noisy_floors_) - kNoiseRounding;
+    kernels_->noisy_reaching(all, draw.temperature, draw.stream, noisy, begin, end, wanted);
+  }
+  const Rows one{x.data + row * x.stride, x.stride, nullptr};
+  const int64_t first = begin / kernels_->panel;
+  for (int64_t panel = 0; panel < kPiecePanels; ++panel) {
+    if (!wanted[panel]) continue;
+    kernels_->matmul(head, one, 1, {values, 0, Epilogue::store}, first + panel, first + panel + 1, scratch);
   }
 }
 

@@ -1,5 +1,6 @@
-// The head of rows of which only the most probable token is wanted: an int8 copy of its weights, which is half of bf16's
-// bytes and a quarter of float32's, tells which outputs could be the largest, and those few are computed as ever.
+// The head of rows of which only the drawn token is wanted: an int8 copy of its weights, which is half of bf16's bytes
+// and a quarter of float32's, tells which outputs could be the largest, and those few are computed as ever. Where a token
+// is drawn by chance from all of them, it is the largest of the logits over the temperature and with Gumbel noise.
 //
 // Let w be an output's weights as the head stores them and s q their int8 form, x a row as the head multiplies it, and
 // t0 a + t1 b two int8 rows of which the second holds what the first left over. Then
@@ -11,7 +12,8 @@
 // max |x| / 127 / 254. Rounding in float32 of either side, the head's own sum of k products above all, is at most
 // 2 (k + 64) 2^-24 |x| (|w| + |w - s q|) together, which E takes in. So an output whose estimate plus |x| E is below the
 // largest of all estimates minus |x| E is not the largest; the others, every one that equals the largest among them,
-// become what the head makes of them, bit for bit.
+// become what the head makes of them, bit for bit. With noise, both sides are divided by the temperature and have the
+// same noise added, whose sum rounds by another 24 * 2^-24 at most.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +28,12 @@ namespace native {
 
 class Screen {
  public:
+  // What is drawn after a row: the most probable token where the temperature is 0, else one by chance.
+  struct Draw {
+    float temperature;
+    Stream stream;
+  };
+
   Screen() = default;
   // Of a head whose weights are float32 or bf16.
   Screen(const Matrix& head, const Kernels& kernels);
@@ -44,14 +52,18 @@ class Screen {
 
   // On all threads: sums what the int8 rows i and count + i gave, at out + i * stride and out + (count + i) * stride, to
   // estimates at the first, and puts what the head makes of `x`, the rows as it multiplies them, in the place of those
-  // that could be the largest. scratch: the thread's, for the head's kernel.
-  void settle(Team& team, const Matrix& head, const Rows& x, int64_t count, float* out, int64_t stride, float* scratch);
+  // that draws[i] could take. scratch: the thread's, for the head's kernel.
+  void settle(Team& team, const Matrix& head, const Rows& x, int64_t count, const Draw* draws, float* out,
+              int64_t stride, float* scratch);
 
  private:
   static constexpr int64_t kPiecePanels = 64;  // that a thread takes at a time
 
-  void estimate(int64_t unit, int64_t count, float* out, int64_t stride);
-  void compute(int64_t unit, const Matrix& head, const Rows& x, float* out, int64_t stride, float* scratch);
+  void find_floor(int64_t unit, const Draw& draw, float* values, const float* rest);
+  void compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values, float* scratch);
+  Estimates estimates(int64_t row, const float* values) const {
+    return {values, errors_.floats(), norms_[static_cast<size_t>(row)]};
+  }
   int64_t piece_begin(int64_t unit) const { return unit % pieces_ * kPiecePanels * kernels_->panel; }
   int64_t piece_end(int64_t unit) const;
 
@@ -64,7 +76,7 @@ class Screen {
   Buffer errors_;  // E of every output
   Buffer rows_, scales_;
   std::vector<float> norms_;   // |x|, rounded up
-  std::vector<float> floors_;  // [rows, pieces]: the largest estimate less its error
+  std::vector<float> plain_floors_, noisy_floors_;  // [rows, pieces]: the largest estimate less its error
 };
 
 }  // namespace native

@@ -79,25 +79,25 @@ void Model::reserve(const Batch& b) {
   qkv_.reserve(rows * qkv_width_ * 4);
   attended_.reserve(rows * width_ * 4);
   hidden_.reserve(rows * hidden_width_ * 4);
-  // Rows whose head is computed: each once, however many tokens are drawn after it.
+  // Rows whose head is computed: each once, however many tokens are drawn after it, but by the screen for every draw.
   const Sampling& s = b.sampling;
-  const auto screened = [&](int64_t r) { return config_.screen_head && s.token_only && s.token_only[r]; };
+  const auto by_the_screen = [&](int64_t r) { return config_.screen_head && s.token_only && s.token_only[r]; };
+  wanted_.clear(), screened_.clear(), screened_draws_.clear();
+  for (int64_t r = 0; r < s.num_rows; ++r) {
+    if (!by_the_screen(r)) {
+      wanted_.push_back(s.draw_rows[r]);
+      continue;
+    }
+    screened_.push_back(s.draw_rows[r]);
+    screened_draws_.push_back({s.temperature[r], {s.seeds[r], s.positions[r], s.sample_index[r]}});
+  }
+  std::sort(wanted_.begin(), wanted_.end());
+  wanted_.erase(std::unique(wanted_.begin(), wanted_.end()), wanted_.end());
   draw_at_.resize(static_cast<size_t>(s.num_rows));
-  int64_t place = 0;
-  for (const bool which : {false, true}) {
-    std::vector<int32_t>& rows = which ? screened_ : wanted_;
-    rows.clear();
-    for (int64_t r = 0; r < s.num_rows; ++r) {
-      if (screened(r) == which) rows.push_back(s.draw_rows[r]);
-    }
-    std::sort(rows.begin(), rows.end());
-    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
-    for (int64_t r = 0; r < s.num_rows; ++r) {
-      if (screened(r) != which) continue;
-      const auto found = std::lower_bound(rows.begin(), rows.end(), s.draw_rows[r]);
-      draw_at_[static_cast<size_t>(r)] = static_cast<int32_t>(place + (found - rows.begin()));
-    }
-    place += static_cast<int64_t>(rows.size());
+  auto next = static_cast<int32_t>(wanted_.size());
+  for (int64_t r = 0; r < s.num_rows; ++r) {
+    const auto place = std::lower_bound(wanted_.begin(), wanted_.end(), s.draw_rows[r]);
+    draw_at_[static_cast<size_t>(r)] = by_the_screen(r) ? next++ : static_cast<int32_t>(place - wanted_.begin());
   }
   const auto full = static_cast<int64_t>(wanted_.size()), by_screen = static_cast<int64_t>(screened_.size());
   const int64_t head_rows = std::max({std::min(b.num_logits, kLogitsRows), full, by_screen});
@@ -305,7 +305,7 @@ void Model::run_screened_rows(Team& team, int thread, const int32_t* batch_rows,
     screen_.prepare(x.data + i * x.stride, i, count, space(thread) + space_.row);
   });
   multiply(team, thread, screen_.matrix(), screen_.rows(), 2 * count, {out, vocab_width_, Epilogue::store});
-  screen_.settle(team, head_.view(), x, count, out, vocab_width_, space(thread) + space_.matmul);
+  screen_.settle(team, head_.view(), x, count, screened_draws_.data(), out, vocab_width_, space(thread) + space_.matmul);
 }
 
 void Model::run_head(Team& team, int thread, const Batch& b, float* logits, const Draws& draws) {

@@ -88,8 +88,8 @@ class EngineConfig:
         context_overflow: at the context length, "stop" with finish_reason "length", or "slide" the window over the
             last tokens, at the price of a whole prefill for every token.
         strict_jit: raise where a step would compile a kernel after warm-up; the triton backend alone has it.
-        screen_head: greedy requests that ask for no logprobs and no other option read an int8 copy of the head, and of
-            the head itself the few outputs that could be the largest: the same tokens from fewer bytes, while
+        screen_head: requests with no option but a temperature, and none for logprobs, read an int8 copy of the head,
+            and of the head itself the few outputs that could be drawn: the same tokens from fewer bytes, while
             ``cumulative_logprob`` becomes an estimate; the native backend alone has it, in float32 and bfloat16.
 
     Raises:

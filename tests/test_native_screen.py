@@ -80,6 +80,38 @@ def test_the_token_is_that_of_the_whole_head(isa: str, dtype: str, kind: str, mo
     assert np.abs(found.logprobs - exact.numpy()).max() < 0.02
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_token_by_chance_is_that_of_the_whole_head(
+    isa: str, dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same seeds give the same tokens: many draws after each prompt, cold to hot."""
+    monkeypatch.setenv("ENGINE_ISA", isa)
+    backend = make(hard_weights(kind), dtype)
+    prompts = [(row, 0, ids_of(row, 3 + row, CONFIG)) for row in range(ROWS)]
+    ends = np.cumsum([len(ids) for _, _, ids in prompts]) - 1
+    rows = np.repeat(ends, 16).tolist()
+    temperatures = np.tile(np.array([1e-3, 0.3, 1.0, 4.0], np.float32), len(rows) // 4)
+    found, whole = (
+        backend.collect(
+            backend.submit(
+                batch(
+                    prompts,
+                    "none",
+                    neutral(len(rows), temperature=temperatures, token_only=np.full(len(rows), by)),
+                    rows,
+                )
+            )
+        )
+        for by in (True, False)
+    )
+    assert found.token_ids.tolist() == whole.token_ids.tolist()
+    assert np.abs(found.logprobs - whole.logprobs).max() < 0.02 * max(1.0, float(np.abs(whole.logprobs).max()) / 100)
+    if kind == "random":
+        assert len(set(found.token_ids.tolist())) > ROWS
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_estimates_are_what_it_works_with(dtype: str) -> None:
     """Else the test above would compare the whole head with itself."""
@@ -104,7 +136,7 @@ def test_bits_do_not_depend_on_the_neighbours(dtype: str) -> None:
         assert (mixed.token_ids[row], mixed.logprobs[row]) == (beside.token_ids[row], beside.logprobs[row])
 
 
-def test_rows_that_are_drawn_from_by_chance_see_the_whole_head() -> None:
+def test_other_rows_see_the_whole_head() -> None:
     weights = hard_weights("random")
     backend = make(weights, "float32")
     plain = NativeBackend(CONFIG, weights, dtype="float32", device="cpu", block_size=BLOCK, threads=2)
@@ -140,13 +172,16 @@ def test_generation_is_the_same_and_requests_with_logprobs_are_exact() -> None:
         SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3, logit_bias={11: 2.0}),
         SamplingParams(temperature=0, max_tokens=20, allowed_token_ids=list(range(5, 400))),
         SamplingParams(temperature=0.8, top_k=50, seed=3, max_tokens=20),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=20),
+        SamplingParams(temperature=0.8, seed=3, max_tokens=20, n=3),
     ):
         for a, b in zip(*(llm.generate(prompts, params, use_tqdm=False) for llm in (plain, by_screen)), strict=True):
-            one, other = a.outputs[0], b.outputs[0]
-            assert one.token_ids == other.token_ids
-            assert one.logprobs == other.logprobs
-            off = abs(one.cumulative_logprob - other.cumulative_logprob) / len(one.token_ids)
-            assert off == 0 if params.logprobs or params.repetition_penalty != 1 or params.top_k > 0 else off < 2e-3
+            for one, other in zip(a.outputs, b.outputs, strict=True):
+                assert one.token_ids == other.token_ids
+                assert one.logprobs == other.logprobs
+                off = abs(one.cumulative_logprob - other.cumulative_logprob) / len(one.token_ids)
+                optioned = params.logprobs or params.repetition_penalty != 1 or params.top_k > 0 or params.top_p < 1
+                assert off == 0 if optioned or params.allowed_token_ids else 0 < off < 2e-3
 
 
 def test_who_has_it_not_says_so() -> None:

@@ -74,7 +74,7 @@ class SamplingBatch:
     logit_bias: Sparse | None = None
     allowed: U32 | None = None  # [R, ceil(vocab_size / 32)]
     ranks: bool = True  # whether ranks are read: if not, one above 1 may be given as 0
-    token_only: npt.NDArray[np.bool_] | None = None  # [R], greedy without any option, and nobody reads the logprob
+    token_only: npt.NDArray[np.bool_] | None = None  # [R], no option but a temperature, and nobody reads the logprob
 
 
 @dataclass(frozen=True, slots=True)

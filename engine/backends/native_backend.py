@@ -8,8 +8,8 @@ and int4 the KV cache and the embedding tables are bf16. Statistics, softmax, ac
 float32. A row's bits do not depend on the batch, the chunking or the number
 of threads; they do depend on the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
 
-With ``screen_head`` rows of which the token alone is wanted are drawn by an int8 copy of the head and the outputs of the
-head itself that could be the largest (``csrc/screen.hpp``): for few sequences fewer bytes, for many more products.
+With ``screen_head`` rows of which the token alone is wanted are drawn by an int8 copy of the head and those outputs of
+the head itself that could be drawn (``csrc/screen.hpp``): for few sequences fewer bytes, for many more products.
 """
 
 import ctypes

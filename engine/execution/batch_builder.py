@@ -98,10 +98,11 @@ def _sampling(draws: Sequence[Draw], vocab_size: int) -> SamplingBatch:
 
 
 def _is_token_only(draw: Draw) -> bool:
-    """Whether the most probable token is drawn, whatever the others' logits are, and its logprob is not asked for."""
+    """Whether the token is drawn with no option but a temperature, and its logprob is not asked for."""
     p = draw.params
-    optioned = p.has_penalties or p.logit_bias or p.allowed_token_ids is not None or draw.banned_token_ids
-    return p.temperature == 0 and p.logprobs is None and not optioned
+    filtered = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+    edited = p.has_penalties or p.logit_bias or p.allowed_token_ids is not None or draw.banned_token_ids
+    return p.logprobs is None and not filtered and not edited
 
 
 def _history_counts(draw: Draw) -> Iterable[tuple[int, float]]:
