@@ -137,13 +137,14 @@ struct Kernels {
   Partial (*partial_sum)(const float* logits, int64_t begin, int64_t end);
   // Of a screen (screen.hpp), in [begin, end), begin a multiple of 32 and of the panels' width: x += rest; the largest
   // that a value is at least, where it is noisy after division by the temperature and with Gumbel noise; and a mark for
-  // the panels, from begin's on, with a value that may reach `floor`.
+  // the panels, from begin's on, with a value that may reach `floor`. With noise, the first leaves in most[begin, end)
+  // what the second reads.
   void (*sum_estimates)(float* x, const float* rest, int64_t begin, int64_t end);
   float (*plain_floor)(const Estimates& x, int64_t begin, int64_t end);
-  float (*noisy_floor)(const Estimates& x, float temperature, const Stream& stream, int64_t begin, int64_t end);
+  float (*noisy_floor)(const Estimates& x, float temperature, const Stream& stream, int64_t begin, int64_t end,
+                       float* most);
   void (*plain_reaching)(const Estimates& x, float floor, int64_t begin, int64_t end, bool* panels);
-  void (*noisy_reaching)(const Estimates& x, float temperature, const Stream& stream, float floor, int64_t begin,
-                         int64_t end, bool* panels);
+  void (*noisy_reaching)(const float* most, float floor, int64_t begin, int64_t end, bool* panels);
   int64_t (*first_equal)(const float* x, int64_t begin, int64_t end, float value);
   int64_t (*count_above)(const float* x, int64_t n, float value);
   void (*divide)(float* x, int64_t n, float divisor);

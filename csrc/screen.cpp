@@ -95,33 +95,33 @@ void Screen::settle(Team& team, const Matrix& head, const Rows& x, int64_t count
   });
   team.for_each(count * pieces_, 1, [&](int64_t unit, int64_t) {
     const int64_t i = unit / pieces_;
-    compute(unit, head, x, draws[i], out + i * stride, scratch);
+    compute(unit, head, x, draws[i], out + i * stride, out + (count + i) * stride, scratch);
   });
 }
 
-void Screen::find_floor(int64_t unit, const Draw& draw, float* values, const float* rest) {
+// Leaves in `rest`, whose values are summed up then, the most that each may be with noise.
+void Screen::find_floor(int64_t unit, const Draw& draw, float* values, float* rest) {
   const int64_t begin = piece_begin(unit), end = piece_end(unit);
   kernels_->sum_estimates(values, rest, begin, end);
   const Estimates x = estimates(unit / pieces_, values);
   plain_floors_[static_cast<size_t>(unit)] = kernels_->plain_floor(x, begin, end);
   if (draw.temperature > 0) {
-    noisy_floors_[static_cast<size_t>(unit)] = kernels_->noisy_floor(x, draw.temperature, draw.stream, begin, end);
+    noisy_floors_[static_cast<size_t>(unit)] = kernels_->noisy_floor(x, draw.temperature, draw.stream, begin, end, rest);
   }
 }
 
-void Screen::compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values, float* scratch) {
+void Screen::compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values,
+                     const float* most, float* scratch) {
   const int64_t row = unit / pieces_, begin = piece_begin(unit), end = piece_end(unit);
-  const Estimates all = estimates(row, values);
   bool wanted[kPiecePanels] = {};
   const auto floor = [&](const std::vector<float>& floors) {
     const float* first = floors.data() + row * pieces_;
     return *std::max_element(first, first + pieces_);
   };
   // Those that may be the largest without noise, too: the sum of all exponentials is of little else.
-  kernels_->plain_reaching(all, floor(plain_floors_), begin, end, wanted);
+  kernels_->plain_reaching(estimates(row, values), floor(plain_floors_), begin, end, wanted);
   if (draw.temperature > 0) {
-    const float noisy = floor(noisy_floors_) - kNoiseRounding;
-    kernels_->noisy_reaching(all, draw.temperature, draw.stream, noisy, begin, end, wanted);
+    kernels_->noisy_reaching(most, floor(noisy_floors_) - kNoiseRounding, begin, end, wanted);
   }
   const Rows one{x.data + row * x.stride, x.stride, nullptr};
   const int64_t first = begin / kernels_->panel;

@@ -59,8 +59,9 @@ class Screen {
  private:
   static constexpr int64_t kPiecePanels = 64;  // that a thread takes at a time
 
-  void find_floor(int64_t unit, const Draw& draw, float* values, const float* rest);
-  void compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values, float* scratch);
+  void find_floor(int64_t unit, const Draw& draw, float* values, float* rest);
+  void compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values, const float* most,
+               float* scratch);
   Estimates estimates(int64_t row, const float* values) const {
     return {values, errors_.floats(), norms_[static_cast<size_t>(row)]};
   }
