@@ -77,6 +77,7 @@ class Model {
 
   void check(const Batch& batch) const;
   void reserve(const Batch& batch);
+  int64_t reserve_head(const Batch& batch);
   void copy_blocks(const Batch& batch);
   void embed(const Batch& batch, int64_t row);
   void write_cache(const Batch& batch, int64_t layer, int64_t row);
