@@ -120,7 +120,7 @@ def attention_tiles(head_dim: int, element_size: int, most_queries: int) -> Atte
     """
     many = most_queries > 16
     if element_size == 4:
-        return AttentionTiles(16, many, 4, 2)
+        return AttentionTiles(16, many, 8 if many else 4, 2)
     if many:
         return AttentionTiles(32, True, 8, 2)
     return AttentionTiles(16, False, 2 if head_dim <= 128 else 4, 2)
