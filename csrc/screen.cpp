@@ -11,6 +11,7 @@ namespace {
 
 constexpr double kUp = 1.0 + 1e-6;    // what a conversion to float may take, and more
 constexpr double kFlushed = 1e-30;    // |x| or E that stands for what hardware takes for zero
+constexpr float kLeastStep = 1e-37f;  // whose inverse is a number; rows of smaller ones are within what is flushed
 constexpr double kUnit = 1.0 / (1 << 24);
 constexpr float kNoiseRounding = 1e-5f;  // of four sums with noise, which is 23 at most
 
@@ -80,7 +81,7 @@ void Screen::prepare(const uint8_t* row, int64_t i, int64_t count, float* scratc
   };
   std::memset(scratch + k, 0, static_cast<size_t>(round_up(k, kLanes) - k) * 4);
   // Multiples of the row's step, which int8 holds as they are, however its kernel rounds; then what they leave.
-  const float step = largest / 127.0f, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  const float step = largest / 127.0f, inverse = step > kLeastStep ? 1.0f / step : 0.0f;
   for (int64_t j = 0; j < k; ++j) scratch[j] = nearest_whole(at(j) * inverse) * step;
   put(i);
   for (int64_t j = 0; j < k; ++j) scratch[j] = at(j) - scratch[j];

@@ -234,7 +234,7 @@ class CompletionOutput:
         index: which of the request's ``n`` samples.
         text: the generated text, without the stop string and the end-of-text token.
         token_ids: the generated ids, the one that ended the sequence included.
-        cumulative_logprob: sum of the tokens' logprobs.
+        cumulative_logprob: sum of the tokens' logprobs; with ``screen_head`` an estimate unless logprobs are asked for.
         logprobs: per token, id -> ``Logprob`` of the chosen token and the most probable ones; None if not asked for.
         finish_reason: "stop" or "length".
         stop_reason: the stop string or stop token id that ended it; None for end-of-text and "length".

@@ -38,6 +38,9 @@ def hard_weights(kind: str, config: ModelConfig = CONFIG) -> dict[str, torch.Ten
         weights["final_norm.weight"][5] = 60.0
     elif kind == "zero":
         head.zero_()
+    elif kind == "faint":  # rows near the least numbers that there are
+        weights["final_norm.weight"].fill_(1e-39)
+        weights["final_norm.bias"].zero_()
     elif kind == "tiny":
         head *= 1e-36
     elif kind == "huge":
@@ -45,7 +48,7 @@ def hard_weights(kind: str, config: ModelConfig = CONFIG) -> dict[str, torch.Ten
     return weights
 
 
-KINDS = ("random", "close", "equal", "outlier", "uneven", "whole", "zero", "tiny", "huge")
+KINDS = ("random", "close", "equal", "outlier", "uneven", "whole", "zero", "faint", "tiny", "huge")
 
 
 def make(weights: dict[str, torch.Tensor], dtype: str, threads: int = 2) -> NativeBackend:
