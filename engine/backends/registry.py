@@ -90,8 +90,6 @@ def choose(
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
-    if backend == "auto" and dtype != "auto":
-        _check_some_backend_has(dtype)
     where, device_reason = default_device()
     if device != "auto":
         where, device_reason = device, "asked for"
@@ -102,7 +100,10 @@ def choose(
     if dtype == "auto":
         dtype, dtype_reason = _default_dtype(name)
         reasons.append(f"{dtype}: {dtype_reason}")
-    return Choice(BACKENDS[name](), dtype, where, "; ".join(reasons))
+    adapter = BACKENDS[name]()
+    if backend == "auto" and dtype not in adapter.dtypes:
+        _check_some_backend_has(dtype)
+    return Choice(adapter, dtype, where, "; ".join(reasons))
 
 
 def _check_some_backend_has(dtype: str) -> None:

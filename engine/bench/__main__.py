@@ -201,7 +201,9 @@ def _loops(
     loops = {"naive loop": naive, "engine.optimize, same loop": measure_loop(fast, prompt, steps, device)}
     if llm.dtype in ("float32", "float64"):
         return loops | {"LLM.generate": measure_engine_loop(llm, prompt, steps)}
-    options = model_options(args) | {"model": checkpoint, "config": None, "dtype": "float32", "max_num_seqs": 1}
+    del fast  # before another engine takes its memory
+    options = model_options(args) | {"model": checkpoint, "config": None, "dtype": "float32"}
+    options |= {"max_num_seqs": 1, "kv_cache_memory_bytes": None}  # room for one sequence, whatever llm's was given
     return loops | {
         "LLM.generate, float32": measure_engine_loop(LLM(**options), prompt, steps),
         f"LLM.generate, {llm.dtype}": measure_engine_loop(llm, prompt, steps),
