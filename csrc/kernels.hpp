@@ -63,8 +63,23 @@ struct Output {
   uint16_t* rounded = nullptr;  // bf16, where it is not null: the results go there instead. Not where bf16 is `plain`.
 };
 
-// One head's causal attention for up to Kernels::queries queries of one sequence over its cached positions.
-// A cached block holds, for each head, K as [head_dim, block_lanes] (lanes are tokens) and V as [block_size, head_lanes].
+// A block of the KV cache, of one layer: K and V of every head in turn. A head's K is [head_dim, block_lanes],
+// its lanes tokens, and its V [block_size, head_lanes]; or, in pairs, as tiles take them, K is [head_dim / 2, block_lanes,
+// 2] and V [block_size / 2, head_lanes, 2], with head_dim and block_size rounded up to whole tiles.
+struct CacheShape {
+  int64_t heads, head_dim, block_size;
+  bool bf16;
+  bool pairs;
+  int64_t block_lanes, head_lanes;
+  int64_t key_bytes, value_bytes;  // of a head in a block
+  int queries;                     // of one attention call, at most
+
+  int64_t block_bytes() const { return heads * (key_bytes + value_bytes); }
+  int64_t keys_of(int64_t head) const { return head * (key_bytes + value_bytes); }
+  int64_t values_of(int64_t head) const { return keys_of(head) + key_bytes; }
+};
+
+// One head's causal attention for up to CacheShape::queries queries of one sequence over its cached positions.
 struct Attention {
   const float* q;  // query i is at q + i * q_stride
   int64_t q_stride;
@@ -72,15 +87,12 @@ struct Attention {
   const int32_t* positions;  // [count]; query i sees positions 0..positions[i]
   const int32_t* table;      // block ids of the sequence
   const uint8_t* cache;      // this layer's block 0
-  int64_t block_stride;      // bytes
   int64_t k_offset, v_offset;  // bytes, of this head within a block
-  int64_t block_size, block_lanes, head_dim, head_lanes;
-  bool bf16;
   float scale;
   float* out;  // query i's [head_dim] goes to out + i * out_stride
   int64_t out_stride;
   int64_t score_stride;  // lanes of as many blocks as the context has, at least
-  float* scratch;        // Kernels::queries * (score_stride + head_lanes) floats
+  float* scratch;        // Kernels::attention_scratch floats
 };
 
 constexpr int64_t kLanes = 16;  // head_lanes and block_lanes are multiples of it, whatever the instruction set
@@ -113,7 +125,6 @@ struct Kernels {
   int64_t panel;           // outputs of a panel
   int64_t panel_group;     // panels that are multiplied with many rows at a time
   int64_t matmul_scratch;  // floats
-  int queries;             // of one attention call, at most
   int64_t step_multiple;   // the steps of bf16 and s8 are padded to it
   int s8_order[4];         // which byte of its lane holds value i of four
 
@@ -132,7 +143,11 @@ struct Kernels {
                  float* scratch);
   // weight and bias have round_up(d, 16) floats; out gets as many, zeros past d.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t d, float eps, float* out);
-  void (*attention)(const Attention& a);
+  CacheShape (*cache_shape)(int64_t heads, int64_t head_dim, int64_t block_size, bool bf16);
+  // K and V [heads * head_dim] of one token, the `offset`th of a block.
+  void (*write_cache)(const CacheShape& shape, const float* k, const float* v, uint8_t* block, int64_t offset);
+  int64_t (*attention_scratch)(const CacheShape& shape, int64_t score_stride);
+  void (*attention)(const CacheShape& shape, const Attention* items, int64_t count);
 
   Partial (*partial_sum)(const float* logits, int64_t begin, int64_t end);
   // Of a screen (screen.hpp), in [begin, end), begin a multiple of 32 and of the panels' width: x += rest; the largest

@@ -69,12 +69,7 @@ Model::Model(Config config)
     block.fc = Packed(c.storage, c.hidden_dim, c.embed_dim, *kernels_);
     block.fc2 = Packed(c.storage, c.embed_dim, c.hidden_dim, *kernels_);
   }
-  cache_bf16_ = narrow;
-  const int64_t item = narrow ? 2 : 4;
-  block_lanes_ = round_up(c.block_size, kLanes);
-  head_lanes_ = round_up(c.head_dim(), kLanes);
-  key_bytes_ = c.n_heads * c.head_dim() * block_lanes_ * item;
-  value_bytes_ = c.n_heads * c.block_size * head_lanes_ * item;
+  shape_ = kernels_->cache_shape(c.n_heads, c.head_dim(), c.block_size, narrow);
   // A line more where rows would begin at the same few sets of the caches.
   const auto width = [&](int64_t n) {
     const int64_t floats = round_up(round_up(n, kernels_->panel), kLanes);
@@ -142,7 +137,7 @@ void Model::allocate(int64_t num_blocks) {
   num_blocks_ = num_blocks;
 }
 
-int64_t Model::block_bytes() const { return config_.n_layers * (key_bytes_ + value_bytes_); }
+int64_t Model::block_bytes() const { return config_.n_layers * shape_.block_bytes(); }
 
 int64_t Model::weight_bytes() const {
   int64_t total = tok_emb_.bytes() + pos_emb_.bytes() + head_.bytes() + screen_.bytes();
@@ -153,7 +148,7 @@ int64_t Model::weight_bytes() const {
 }
 
 uint8_t* Model::cache_block(int64_t layer, int64_t block) const {
-  return cache_.data() + (layer * num_blocks_ + block) * (key_bytes_ + value_bytes_);
+  return cache_.data() + (layer * num_blocks_ + block) * shape_.block_bytes();
 }
 
 }  // namespace native

@@ -81,7 +81,7 @@ class Model {
   void copy_blocks(const Batch& batch);
   void embed(const Batch& batch, int64_t row);
   void write_cache(const Batch& batch, int64_t layer, int64_t row);
-  void attend(const Batch& batch, int64_t layer, int64_t unit, int thread);
+  Attention attention(const Batch& batch, int64_t layer, int64_t index, int thread) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                     int64_t rows);
   void multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y);
@@ -109,9 +109,8 @@ class Model {
   Screen screen_;  // where the config asks for it
 
   int64_t num_blocks_ = 0;
-  int64_t block_lanes_, head_lanes_, key_bytes_, value_bytes_;  // bytes: of one block of one layer, all heads
-  bool cache_bf16_;
-  Buffer cache_;  // [n_layers, num_blocks, keys then values]
+  CacheShape shape_;
+  Buffer cache_;  // [n_layers, num_blocks] of blocks
 
   // Work space, grown to the largest step. Strides are in floats and have room for whole panels.
   int64_t width_, qkv_width_, hidden_width_, vocab_width_;

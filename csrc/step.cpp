@@ -11,6 +11,7 @@ namespace {
 
 // With so few rows every thread prepares all of them for itself: that is cheaper than a barrier.
 constexpr int64_t kPrivateRows = 4;
+constexpr int64_t kAttentionGrain = 6;  // units of attention that a thread takes at a time
 
 void check_range(const char* what, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value < high) return;
@@ -85,22 +86,23 @@ void Model::reserve(const Batch& b) {
   int64_t most_blocks = 0;
   for (int64_t q = 0; q < b.num_sequences; ++q) {
     most_blocks = std::max(most_blocks, blocks_for(b.context_lens[q], config_.block_size));
-    for (int32_t first = b.query_starts[q]; first < b.query_starts[q + 1]; first += kernels_->queries) {
-      units_.push_back({static_cast<int32_t>(q), first, std::min(kernels_->queries, b.query_starts[q + 1] - first)});
+    for (int32_t first = b.query_starts[q]; first < b.query_starts[q + 1]; first += shape_.queries) {
+      units_.push_back({static_cast<int32_t>(q), first, std::min(shape_.queries, b.query_starts[q + 1] - first)});
     }
   }
-  score_stride_ = most_blocks * block_lanes_;
+  // An odd number of lines, so that rows do not meet in a few sets of the caches.
+  score_stride_ = (most_blocks * shape_.block_lanes / kLanes | 1) * kLanes;
   space_.matmul = 0;
   space_.row = kernels_->matmul_scratch;
   space_.prepared = space_.row + std::max(width_, hidden_width_);
   space_.scales = space_.prepared + kPrivateRows * max_row_bytes_ / 4;
   space_.attention = round_up(space_.scales + kPrivateRows, kLanes);
-  space_.size = round_up(space_.attention + kernels_->queries * (score_stride_ + head_lanes_), 1024);
+  space_.size = round_up(space_.attention + kernels_->attention_scratch(shape_, score_stride_), 1024);
   thread_space_.reserve(threads * space_.size * 4);
 }
 
 void Model::copy_blocks(const Batch& b) {
-  const int64_t bytes = key_bytes_ + value_bytes_;
+  const int64_t bytes = shape_.block_bytes();
   for (int64_t i = 0; i < b.num_copies; ++i) {
     for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
       std::memmove(cache_block(layer, b.block_copies[2 * i + 1]), cache_block(layer, b.block_copies[2 * i]),
@@ -125,31 +127,18 @@ void Model::embed(const Batch& b, int64_t row) {
 void Model::write_cache(const Batch& b, int64_t layer, int64_t row) {
   if (b.slots[row] < 0) return;
   const int64_t block = b.slots[row] / config_.block_size, offset = b.slots[row] % config_.block_size;
-  const int64_t dim = config_.head_dim();
-  uint8_t* keys = cache_block(layer, block);
-  uint8_t* values = keys + key_bytes_;
   const float* k = qkv_.floats() + row * qkv_width_ + config_.embed_dim;
-  const float* v = k + config_.embed_dim;
-  for (int64_t head = 0; head < config_.n_heads; ++head) {
-    const int64_t key = head * dim * block_lanes_ + offset, value = (head * config_.block_size + offset) * head_lanes_;
-    for (int64_t d = 0; d < dim; ++d) {
-      const float key_value = k[head * dim + d], value_value = v[head * dim + d];
-      if (cache_bf16_) {
-        reinterpret_cast<uint16_t*>(keys)[key + d * block_lanes_] = float_to_bf16(key_value);
-        reinterpret_cast<uint16_t*>(values)[value + d] = float_to_bf16(value_value);
-      } else {
-        reinterpret_cast<float*>(keys)[key + d * block_lanes_] = key_value;
-        reinterpret_cast<float*>(values)[value + d] = value_value;
-      }
-    }
-  }
+  kernels_->write_cache(shape_, k, k + config_.embed_dim, cache_block(layer, block), offset);
 }
 
-void Model::attend(const Batch& b, int64_t layer, int64_t index, int thread) {
-  // Head by head, so that neighbouring units read the same keys and values.
-  const int64_t head = index / static_cast<int64_t>(units_.size());
-  const Unit& unit = units_[static_cast<size_t>(index) % units_.size()];
-  const int64_t item = cache_bf16_ ? 2 : 4, dim = config_.head_dim();
+Attention Model::attention(const Batch& b, int64_t layer, int64_t index, int thread) const {
+  // Head by head, so that neighbouring units read the same keys and values; where there are no such units, as K and V
+  // lie in the blocks.
+  const int64_t units = static_cast<int64_t>(units_.size());
+  const bool shared = units > b.num_sequences;
+  const int64_t head = shared ? index / units : index % config_.n_heads;
+  const Unit& unit = units_[static_cast<size_t>(shared ? index % units : index / config_.n_heads)];
+  const int64_t dim = config_.head_dim();
   Attention a;
   a.q = qkv_.floats() + unit.first * qkv_width_ + head * dim;
   a.q_stride = qkv_width_;
@@ -157,20 +146,14 @@ void Model::attend(const Batch& b, int64_t layer, int64_t index, int thread) {
   a.positions = b.positions + unit.first;
   a.table = b.block_tables + unit.sequence * b.table_width;
   a.cache = cache_block(layer, 0);
-  a.block_stride = key_bytes_ + value_bytes_;
-  a.k_offset = head * dim * block_lanes_ * item;
-  a.v_offset = key_bytes_ + head * config_.block_size * head_lanes_ * item;
-  a.block_size = config_.block_size;
-  a.block_lanes = block_lanes_;
-  a.head_dim = dim;
-  a.head_lanes = head_lanes_;
-  a.bf16 = cache_bf16_;
+  a.k_offset = shape_.keys_of(head);
+  a.v_offset = shape_.values_of(head);
   a.scale = config_.attn_scales[static_cast<size_t>(layer)];
   a.out = attended_.floats() + unit.first * width_ + head * dim;
   a.out_stride = width_;
   a.score_stride = score_stride_;
   a.scratch = space(thread) + space_.attention;
-  kernels_->attention(a);
+  return a;
 }
 
 void Model::prepare_row(const Packed& matrix, const float* x, const Norm* norm, uint8_t* out, float* scale,
@@ -240,8 +223,10 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
     // All of it before any of it is read: a sequence may read a block that another one of this step fills.
     every_row([&](int64_t row) { write_cache(b, layer, row); });
     const int64_t units = static_cast<int64_t>(units_.size()) * config_.n_heads;
-    team.for_each(units, units > 64 ? 4 : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) attend(b, layer, unit, thread);
+    team.for_each(units, units > 64 ? kAttentionGrain : 1, [&](int64_t begin, int64_t end) {
+      Attention items[kAttentionGrain];
+      for (int64_t i = begin; i < end; ++i) items[i - begin] = attention(b, layer, i, thread);
+      kernels_->attention(shape_, items, end - begin);
     });
     linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add});
     linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,

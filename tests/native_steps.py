@@ -29,9 +29,11 @@ TOLERANCE = {
 }  # of the logits of these models, whose spread is about 2
 
 
-def make(config: ModelConfig, dtype: str = "float32", threads: int = 2, seed: int = 0) -> NativeBackend:
+def make(
+    config: ModelConfig, dtype: str = "float32", threads: int = 2, seed: int = 0, block: int = BLOCK
+) -> NativeBackend:
     weights = random_weights(config, seed=seed, scale=0.15)
-    backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=BLOCK, threads=threads)
+    backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=block, threads=threads)
     backend.allocate(96)
     return backend
 
@@ -46,6 +48,7 @@ def batch(
     logits: str = "all",
     sampling: SamplingBatch | None = None,
     draw_rows: list[int] | None = None,
+    block: int = BLOCK,
 ) -> Batch:
     """A step of ``parts``, (sequence row, first position, ids) each, with logits of "all", the "last" or "none"."""
     ids, positions, slots, starts, lengths = [], [], [], [0], []
@@ -53,7 +56,7 @@ def batch(
         where = np.arange(first, first + len(tokens))
         ids.extend(tokens)
         positions.extend(where)
-        slots.extend(np.array(table(row))[where // BLOCK] * BLOCK + where % BLOCK)
+        slots.extend(np.array(table(row))[where // block] * block + where % block)
         starts.append(starts[-1] + len(tokens))
         lengths.append(first + len(tokens))
     rows = {"all": range(starts[-1]), "last": [end - 1 for end in starts[1:]], "none": []}[logits]
@@ -70,8 +73,10 @@ def batch(
     )
 
 
-def logits_of(backend: NativeBackend, parts: list[tuple[int, int, list[int]]], logits: str = "all") -> torch.Tensor:
-    found = backend.collect(backend.submit(batch(parts, logits))).logits
+def logits_of(
+    backend: NativeBackend, parts: list[tuple[int, int, list[int]]], logits: str = "all", block: int = BLOCK
+) -> torch.Tensor:
+    found = backend.collect(backend.submit(batch(parts, logits, block=block))).logits
     assert found is not None
     return found
 

@@ -86,6 +86,23 @@ def test_nan_in_the_weights_is_an_error(name: str, dtype: str) -> None:
             backend.collect(handle)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_what_another_request_left_in_a_block_does_no_harm(dtype: str) -> None:
+    """Not even NaN: blocks are handed on as they are."""
+    ids = ids_of(1, 2 * BLOCK + 2, CONFIG)
+    clean = logits_of(make(CONFIG, dtype), [(0, 0, ids)])
+    backend, broken = make(CONFIG, dtype), random_weights(CONFIG)
+    for layer in range(CONFIG.n_layers):
+        broken[f"blocks.{layer}.qkv.bias"].fill_(float("nan"))
+    backend.update_weights(broken)
+    assert logits_of(backend, [(0, 0, ids_of(2, 3 * BLOCK, CONFIG))]).isnan().all()
+    backend.update_weights(random_weights(CONFIG, scale=0.15))
+    assert torch.equal(logits_of(backend, [(0, 0, ids[:-2])]), clean[:-2])
+    for at in (-2, -1):  # one token alone
+        assert torch.equal(logits_of(backend, [(0, len(ids) + at, [ids[at]])])[0], clean[at])
+    assert torch.equal(logits_of(backend, [(0, 0, ids)]), clean)
+
+
 def test_wrong_weights_are_refused() -> None:
     weights = random_weights(CONFIG)
     backend = make(CONFIG)

@@ -86,6 +86,23 @@ def test_batch_invariance_bit_for_bit(dtype: str) -> None:
         assert all(torch.equal(more[name], one["whole"]) for name in more), threads
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("block", "head_dim"), [(16, 64), (24, 80), (40, 33), (64, 128)])
+def test_long_contexts_bit_for_bit(block: int, head_dim: int, dtype: str) -> None:
+    """Many blocks, of one chunk of lanes and of several, whole, in chunks and token by token."""
+    config = tiny_config(embed_dim=2 * head_dim, n_heads=2, n_layers=1, context_length=200)
+    ids = ids_of(6, 190, config)
+    backend = make(config, dtype, block=block)
+    whole = logits_of(backend, [(0, 0, ids)], block=block)
+    assert (whole - reference(config, ids)).abs().mean() < TOLERANCE[dtype] / 2
+    for row, sizes in ((1, [33, 1, 16, 2, 138]), (2, [100] + [1] * 90)):
+        start = 0
+        for size in sizes:
+            got = logits_of(backend, [(row, start, ids[start : start + size])], block=block)
+            assert torch.equal(got, whole[start : start + size]), (sizes, start)
+            start += size
+
+
 def test_the_bit_test_can_fail() -> None:
     """The negative control: PyTorch's linear layers, whose sums depend on the number of rows, do not pass it."""
     config = tiny_config(embed_dim=120, n_heads=3, hidden_dim=333, vocab_size=131)
