@@ -36,7 +36,8 @@ inline int64_t k_per_lane(Storage storage) {
 // A weight matrix [n, k] packed for streaming. A panel is `panel` consecutive outputs. Within a panel, for every step of
 // k_per_lane values of k there is one 32-bit lane per output: one float, two bf16 (even k in the low half), four s8 (in
 // the order Kernels::s8_order), or eight nibbles (k 0..3 in the low, 4..7 in the high halves of the bytes, value + 8).
-// s4 has, before every group of k, one bf16 scale per output. Outputs past n and values past k are 0.
+// s4 has, before every group of k, one signed byte per output, padded to Kernels::multiplier_bytes: the group's weights
+// are (nibble - 8) times it, which are s8, times the output's scale. Outputs past n and values past k are 0.
 struct Matrix {
   Storage storage;
   int64_t n, k;
@@ -45,8 +46,8 @@ struct Matrix {
   int64_t panel_bytes;
   const uint8_t* data;
   const float* bias;     // [num_panels * panel], or null
-  const float* scale;    // s8: [num_panels * panel]
-  const int32_t* sums;   // s8: [num_panels * panel], the sum of an output's weights
+  const float* scale;    // of integers: [num_panels * panel]
+  const int32_t* sums;   // of integers: [num_panels * panel], the sum of an output's weights
 };
 
 // Activations in the form that a matrix of some storage multiplies (Kernels::prepare makes it).
@@ -127,16 +128,20 @@ struct Kernels {
   int64_t matmul_scratch;  // floats
   int64_t step_multiple;   // the steps of bf16 and s8 are padded to it
   int s8_order[4];         // which byte of its lane holds value i of four
+  int64_t multiplier_bytes;  // of s4, before every group
 
   // Bytes of a row of k activations in the form for `storage`, and its making. x has at least round_up(k, 16) floats,
   // those past k being 0. `plain` storages take the float rows as they are.
   bool (*plain)(Storage storage);
+  Storage (*row_form)(Storage storage, int64_t rows);  // the storage in whose form so many rows are multiplied
   int64_t (*row_bytes)(Storage storage, int64_t k);
   void (*prepare)(Storage storage, const float* x, int64_t k, uint8_t* row, float* scale);
 
-  // A group of weights, a multiple of 32, as lanes of eight nibbles, and their bf16 scale. The same on every instruction
+  // Weights of an output as lanes of eight nibbles, and a multiplier for each group; k is a multiple of the group, zeros
+  // past the weights, and `extremes` has room for a float of each group. Returns the scale. The same on every instruction
   // set.
-  uint16_t (*quantise_group)(const float* x, int64_t group, uint32_t* words);
+  float (*quantise_nibbles)(const float* x, int64_t k, int64_t group, float* extremes, uint32_t* words,
+                            int8_t* multipliers);
 
   // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats.
   void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,

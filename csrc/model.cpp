@@ -81,7 +81,10 @@ Model::Model(Config config)
   vocab_width_ = width(c.vocab_size);
   const bool rounds = c.storage == Storage::bf16 && !kernels_->plain(c.storage);
   hidden_bf16_ = rounds ? prepared_bytes(c.storage, round_up(c.hidden_dim, kernels_->panel)) / 2 : 0;
-  max_row_bytes_ = std::max(prepared_bytes(c.storage, c.embed_dim), prepared_bytes(c.storage, c.hidden_dim));
+  for (const int64_t rows : {int64_t{1}, c.context_length}) {  // few and many
+    const Storage form = kernels_->row_form(c.storage, rows);
+    max_row_bytes_ = std::max({max_row_bytes_, prepared_bytes(form, c.embed_dim), prepared_bytes(form, c.hidden_dim)});
+  }
 }
 
 // From one prepared row of k values to the next: an odd number of cache lines, so that rows do not meet in a few sets.

@@ -87,7 +87,7 @@ class Model {
   void multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y);
   void linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
               int64_t rows, const Output& y);
-  void prepare_row(const Packed& matrix, const float* x, const Norm* norm, uint8_t* out, float* scale, float* scratch);
+  void prepare_row(Storage form, int64_t k, const float* x, const Norm* norm, uint8_t* out, float* scale, float* scratch);
   void gather(Team& team, const int32_t* batch_rows, int64_t count);
   void run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count);
   void run_screened_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count, float* out);
@@ -114,7 +114,7 @@ class Model {
 
   // Work space, grown to the largest step. Strides are in floats and have room for whole panels.
   int64_t width_, qkv_width_, hidden_width_, vocab_width_;
-  int64_t max_row_bytes_;  // of a prepared row
+  int64_t max_row_bytes_ = 0;  // of a prepared row
   int64_t hidden_bf16_;    // values of a row of hidden_ where it holds what fc2 multiplies, in bf16; else 0
   Buffer x_, qkv_, attended_, hidden_, prepared_, scales_;
   Buffer gathered_, head_out_, thread_space_;

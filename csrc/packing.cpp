@@ -39,8 +39,7 @@ void read_row(const Tensor& tensor, int64_t row, float* out) {
 }
 
 Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
-    : panel_(kernels.panel), quantise_group_(kernels.quantise_group) {
-  std::memcpy(order_, kernels.s8_order, sizeof order_);
+    : panel_(kernels.panel), kernels_(&kernels) {
   const int64_t group = group_of(storage);
   view_.storage = storage;
   view_.n = n;
@@ -48,12 +47,12 @@ Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
   view_.num_panels = ceil_div(n, panel_);
   view_.steps = ceil_div(k, group ? group : k_per_lane(storage));
   if (storage == Storage::bf16 || storage == Storage::s8) view_.steps = round_up(view_.steps, kernels.step_multiple);
-  // Of an output in a step: a lane of 32 bits, or a bf16 scale and lanes of eight nibbles.
-  view_.panel_bytes = view_.steps * panel_ * (group ? 2 + group / 2 : 4);
+  // Of a step: lanes of 32 bits, or multipliers and lanes of eight nibbles.
+  view_.panel_bytes = view_.steps * (group ? kernels.multiplier_bytes + panel_ * group / 2 : panel_ * 4);
   const int64_t outputs = view_.num_panels * panel_;
   data_ = Buffer(view_.num_panels * view_.panel_bytes);
   view_.data = data_.data();
-  if (storage == Storage::s8) {
+  if (quantised(storage)) {
     scale_ = Buffer(outputs * 4);
     sums_ = Buffer(outputs * 4);
     view_.scale = scale_.floats();
@@ -68,16 +67,18 @@ void Packed::fill(const Tensor& weight, const Tensor* bias, Pool& pool) {
     view_.bias = bias_.floats();
   }
   const int64_t width = round_up(std::max(view_.k, view_.steps * k_per_lane(view_.storage)), kMaxGroup);
-  std::vector<float> rows(static_cast<size_t>(width * pool.size()), 0.0f);
+  const int64_t room = width + width / 4;  // a row of floats, then what it is quantised to
+  std::vector<float> rows(static_cast<size_t>(room * pool.size()), 0.0f);
   pool.run([&](Team& team, int thread) {
-    float* row = rows.data() + thread * width;
+    float* row = rows.data() + thread * room;
+    auto* words = reinterpret_cast<uint32_t*>(row + width);
     team.for_each(view_.num_panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) fill_panel(weight, panel, row);
+      for (int64_t panel = begin; panel < end; ++panel) fill_panel(weight, panel, row, words);
     });
   });
 }
 
-void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row) {
+void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row, uint32_t* words) {
   const int64_t first = panel * panel_;
   for (int64_t lane = 0; lane < panel_ && first + lane < view_.n; ++lane) {
     read_row(weight, first + lane, row);
@@ -94,7 +95,7 @@ void Packed::fill_panel(const Tensor& weight, int64_t panel, float* row) {
         }
         break;
       case Storage::s8: quantise_s8(first + lane, row, out); break;
-      default: quantise_s4(first + lane, row); break;
+      default: quantise_s4(first + lane, row, words); break;
     }
   }
 }
@@ -116,24 +117,32 @@ void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
       // 127.00001 can come of the rounding of 1 / (largest / 127).
       const float within = quotient > 127.0f ? 127.0f : quotient < -127.0f ? -127.0f : quotient;
       const int value = static_cast<int>(nearest_whole(within));
-      lane[k / 4 * panel_ * 4 + order_[i]] = static_cast<uint8_t>(static_cast<int8_t>(value));
+      lane[k / 4 * panel_ * 4 + kernels_->s8_order[i]] = static_cast<uint8_t>(static_cast<int8_t>(value));
       sum += value;
     }
   }
   reinterpret_cast<int32_t*>(sums_.data())[output] = sum;
 }
 
-void Packed::quantise_s4(int64_t output, const float* row) {
-  const int64_t group = group_of(view_.storage), step_bytes = panel_ * (2 + group / 2), lane = output % panel_;
+void Packed::quantise_s4(int64_t output, const float* row, uint32_t* words) {
+  const int64_t group = group_of(view_.storage), lane = output % panel_, lanes = group / 8;
+  auto* extremes = reinterpret_cast<float*>(words + view_.steps * lanes);
+  auto* multipliers = reinterpret_cast<int8_t*>(extremes + view_.steps);
+  scale_.floats()[output] = kernels_->quantise_nibbles(row, view_.steps * group, group, extremes, words, multipliers);
+  const int64_t step_bytes = kernels_->multiplier_bytes + panel_ * group / 2;
   uint8_t* step = data_.data() + output / panel_ * view_.panel_bytes;
-  for (int64_t k = 0; k < view_.k; k += group, step += step_bytes) {  // row is zero up to a whole group
-    uint32_t words[kMaxGroup / 8];
-    const uint16_t scale = quantise_group_(row + k, group, words);
-    std::memcpy(step + lane * 2, &scale, sizeof scale);
-    for (int64_t j = 0; j < group / 8; ++j) {
-      std::memcpy(step + panel_ * 2 + (j * panel_ + lane) * 4, words + j, sizeof words[j]);
+  int32_t sum = 0;
+  for (int64_t g = 0; g < view_.steps; ++g, step += step_bytes) {
+    step[lane] = static_cast<uint8_t>(multipliers[g]);
+    int32_t nibbles = 0;
+    for (int64_t j = 0; j < lanes; ++j, ++words) {
+      std::memcpy(step + kernels_->multiplier_bytes + (j * panel_ + lane) * 4, words, sizeof *words);
+      const uint32_t pairs = (*words & 0x0f0f0f0fu) + (*words >> 4 & 0x0f0f0f0fu);
+      nibbles += static_cast<int32_t>(pairs * 0x01010101u >> 24);  // their sum, at most 120
     }
+    sum += (nibbles - 8 * static_cast<int32_t>(group)) * multipliers[g];
   }
+  reinterpret_cast<int32_t*>(sums_.data())[output] = sum;
 }
 
 void Packed::unpack(int64_t output, float* out) const {
@@ -147,7 +156,7 @@ void Packed::unpack(int64_t output, float* out) const {
       std::memcpy(&value, lane + k / 2 * step + k % 2 * 2, 2);
       out[k] = bf16_to_float(value);
     } else {
-      out[k] = static_cast<float>(static_cast<int8_t>(lane[k / 4 * step + order_[k % 4]])) * view_.scale[output];
+      out[k] = static_cast<float>(static_cast<int8_t>(lane[k / 4 * step + kernels_->s8_order[k % 4]])) * view_.scale[output];
     }
   }
 }

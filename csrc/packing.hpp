@@ -39,14 +39,13 @@ class Packed {
   int64_t bytes() const { return data_.bytes() + bias_.bytes() + scale_.bytes() + sums_.bytes(); }
 
  private:
-  void fill_panel(const Tensor& weight, int64_t panel, float* row);
+  void fill_panel(const Tensor& weight, int64_t panel, float* row, uint32_t* words);
   void quantise_s8(int64_t output, const float* row, uint8_t* lane);
-  void quantise_s4(int64_t output, const float* row);
+  void quantise_s4(int64_t output, const float* row, uint32_t* words);
 
   Matrix view_{};
   int64_t panel_ = 0;
-  uint16_t (*quantise_group_)(const float* x, int64_t group, uint32_t* words) = nullptr;
-  int order_[4] = {0, 1, 2, 3};
+  const Kernels* kernels_ = nullptr;
   Buffer data_, bias_, scale_, sums_;
 };
 

@@ -62,7 +62,7 @@ void linear_once(const std::string& isa, int threads, Storage storage, Epilogue 
   const Tensor bias_view{bias, Dtype::f32, 1, n, n, 1};
   Packed packed(storage, n, k, kernels);
   packed.fill({weight, Dtype::f32, n, k, k, 1}, &bias_view, pool);
-  const int64_t width = round_up(k, kLanes), bytes = kernels.row_bytes(storage, k);
+  const int64_t width = round_up(k, kLanes), bytes = kernels.row_bytes(kernels.row_form(storage, rows), k);
   const int64_t out_width = packed.view().num_panels * kernels.panel;
   Buffer padded(width * 4), prepared(rows * bytes), scales(rows * 4), out(rows * out_width * 4);
   for (int64_t r = 0; r < rows; ++r) {
@@ -70,7 +70,7 @@ void linear_once(const std::string& isa, int threads, Storage storage, Epilogue 
     if (kernels.plain(storage)) {
       std::memcpy(prepared.data() + r * bytes, padded.data(), static_cast<size_t>(width) * 4);
     } else {
-      kernels.prepare(storage, padded.floats(), k, prepared.data() + r * bytes, scales.floats() + r);
+      kernels.prepare(kernels.row_form(storage, rows), padded.floats(), k, prepared.data() + r * bytes, scales.floats() + r);
     }
   }
   const Rows ready{prepared.data(), bytes, quantised(storage) ? scales.floats() : nullptr};

@@ -156,16 +156,15 @@ Attention Model::attention(const Batch& b, int64_t layer, int64_t index, int thr
   return a;
 }
 
-void Model::prepare_row(const Packed& matrix, const float* x, const Norm* norm, uint8_t* out, float* scale,
+void Model::prepare_row(Storage form, int64_t k, const float* x, const Norm* norm, uint8_t* out, float* scale,
                         float* scratch) {
-  const Matrix& m = matrix.view();
-  const bool plain = kernels_->plain(m.storage);
+  const bool plain = kernels_->plain(form);
   if (norm) {
     float* normed = plain ? reinterpret_cast<float*>(out) : scratch;
-    kernels_->layer_norm(x, norm->weight.floats(), norm->bias.floats(), m.k, config_.norm_eps, normed);
+    kernels_->layer_norm(x, norm->weight.floats(), norm->bias.floats(), k, config_.norm_eps, normed);
     x = normed;
   }
-  if (!plain) kernels_->prepare(m.storage, x, m.k, out, scale);
+  if (!plain) kernels_->prepare(form, x, k, out, scale);
 }
 
 // norm(x), which may be null, of `rows` rows of x in the form in which the matrix multiplies them.
@@ -174,12 +173,13 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
   const Matrix& m = matrix.view();
   if (!norm && kernels_->plain(m.storage)) return {reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
   const bool shared = rows > kPrivateRows;
-  const int64_t bytes = prepared_bytes(m.storage, m.k);
+  const Storage form = kernels_->row_form(m.storage, rows);
+  const int64_t bytes = prepared_bytes(form, m.k);
   uint8_t* data = shared ? prepared_.data() : reinterpret_cast<uint8_t*>(space(thread) + space_.prepared);
   float* scales = shared ? scales_.floats() : space(thread) + space_.scales;
   const auto prepare = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      prepare_row(matrix, x + r * stride, norm, data + r * bytes, scales + r, space(thread) + space_.row);
+      prepare_row(form, m.k, x + r * stride, norm, data + r * bytes, scales + r, space(thread) + space_.row);
     }
   };
   if (shared) {

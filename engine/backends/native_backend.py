@@ -2,10 +2,11 @@
 
 Weights are packed for streaming when they are loaded. Dtypes: "float32"; "bfloat16" (weights and KV cache; activations
 are float32 on CPUs without bf16 dot products and bf16 on those with them); "int8" (W8A8: a scale per output of a weight
-and per row of activations, exact int32 sums); "int4" (W4A8: a bf16 scale per group of 32 weights of an output, and one
-per row of activations), "int4-g64" and "int4-g128" (groups of 64 and 128: 6% and 8% fewer bytes, more error). With int8
-and int4 the KV cache and the embedding tables are bf16. Statistics, softmax, accumulation and the residual stream are
-float32. A row's bits do not depend on the batch, the chunking or the number
+and per row of activations, exact int32 sums); "int4" (W4A8: the same, but a weight is a nibble times its group's
+multiplier, of -15..16, for every 32 weights of an output), "int4-g64" and "int4-g128" (groups of 64 and 128: 4% and 6%
+fewer bytes, more error). With int8 and int4 the KV cache and the embedding tables are bf16. Where there are tiles (AMX)
+attention rounds queries and weights to bf16 if the cache is bf16. Statistics, softmax, accumulation and the residual
+stream are float32. A row's bits do not depend on the batch, the chunking or the number
 of threads; they do depend on the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
 
 With ``screen_head`` rows of which the token alone is wanted are drawn by an int8 copy of the head and those outputs of

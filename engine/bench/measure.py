@@ -122,11 +122,11 @@ ITEM_BYTES = {
     "bfloat16": 2.0,
     "float16": 2.0,
     "int8": 1.0,
-    "int4": 0.5 + 2 / 32,
-    "int4-g64": 0.5 + 2 / 64,
-    "int4-g128": 0.5 + 2 / 128,
+    "int4": 0.5 + 1 / 32,
+    "int4-g64": 0.5 + 1 / 64,
+    "int4-g128": 0.5 + 1 / 128,
 }
-"""Bytes a weight; int4 has a scale of 16 bits for every 32, 64 or 128."""
+"""Bytes a weight; int4 has a multiplier of 8 bits for every 32, 64 or 128."""
 
 
 def step_bytes(model: ModelConfig, dtype: str, batch: int, context: int, screen_head: bool = False) -> int:
