@@ -29,11 +29,9 @@ TOLERANCE = {
 }  # of the logits of these models, whose spread is about 2
 
 
-def make(
-    config: ModelConfig, dtype: str = "float32", threads: int = 2, seed: int = 0, block: int = BLOCK
-) -> NativeBackend:
+def make(config: ModelConfig, dtype: str = "float32", threads: int = 2, seed: int = 0) -> NativeBackend:
     weights = random_weights(config, seed=seed, scale=0.15)
-    backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=block, threads=threads)
+    backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=BLOCK, threads=threads)
     backend.allocate(96)
     return backend
 

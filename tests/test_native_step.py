@@ -90,18 +90,46 @@ def test_batch_invariance_bit_for_bit(dtype: str) -> None:
 @pytest.mark.parametrize(("block", "head_dim"), [(16, 64), (24, 80), (40, 33), (64, 128)])
 def test_long_contexts_bit_for_bit(block: int, head_dim: int, dtype: str) -> None:
     """Many blocks, of one chunk of lanes and of several, whole, in chunks and token by token."""
-    scale = 0.5  # such that scores are large: the order of their sums shows in the weights
-    config = tiny_config(embed_dim=2 * head_dim, n_heads=2, n_layers=1, context_length=200, attn_scales=(scale,))
+    config = tiny_config(embed_dim=8 * head_dim, n_heads=8, n_layers=1, context_length=200, attn_scales=(0.01,))
+    weights = random_weights(config, scale=0.15)
+    # Large scores that differ by little, so that the order of their sums shows.
+    weights["blocks.0.qkv.bias"][: 2 * config.embed_dim] = 8
     ids = ids_of(6, 190, config)
-    backend = make(config, dtype, block=block)
+    backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=block, threads=2)
+    backend.allocate(96)
     whole = logits_of(backend, [(0, 0, ids)], block=block)
-    assert (whole - reference(config, ids)).abs().mean() < TOLERANCE[dtype] / 2
+    with torch.no_grad():
+        wanted = to_reference(config, weights)(torch.tensor([ids]))[0]
+    assert (whole - wanted).abs().mean() < {"float32": 1e-5, "bfloat16": 0.025}[dtype] * wanted.std()
     for row, sizes in ((1, [33, 1, 16, 2, 138]), (2, [100] + [1] * 90)):
         start = 0
         for size in sizes:
             got = logits_of(backend, [(row, start, ids[start : start + size])], block=block)
             assert torch.equal(got, whole[start : start + size]), (sizes, start)
             start += size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_smallest_numbers_bit_for_bit(dtype: str) -> None:
+    """V so small that products with it are denormal, which tiles flush, in a model whose logits show it."""
+    config = tiny_config(embed_dim=64, n_heads=2, n_layers=1)
+    weights = random_weights(config, scale=0.15)
+    for name in ("tok_emb", "blocks.0.qkv.weight", "blocks.0.qkv.bias", "blocks.0.fc2.weight", "blocks.0.fc2.bias"):
+        weights[name] = weights[name] * (name == "blocks.0.qkv.weight")
+    weights["blocks.0.qkv.weight"][128:] = 0
+    weights["blocks.0.qkv.bias"][128:] = 2e-38
+    weights["pos_emb"] = torch.rand(config.context_length, 64) * 1e-36
+    weights["blocks.0.norm1.weight"].fill_(1e34)
+    weights["blocks.0.norm1.bias"].zero_()
+    weights["blocks.0.proj.weight"], weights["blocks.0.proj.bias"] = 64 * torch.eye(64), torch.zeros(64)
+    weights["final_norm.bias"].zero_()
+    backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=BLOCK, threads=2)
+    backend.allocate(96)
+    ids = ids_of(7, 40, config)
+    whole = logits_of(backend, [(0, 0, ids)])
+    assert whole.isfinite().all() and (whole != 0).any()
+    for t in range(40):
+        assert torch.equal(logits_of(backend, [(1, t, ids[t : t + 1])])[0], whole[t]), t
 
 
 def test_the_bit_test_can_fail() -> None:
