@@ -89,8 +89,8 @@ def test_int4_sums_are_exact(rows: int, dtype: str, isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", GROUPS)
 def test_int4_weights_are_near(dtype: str, isa: str) -> None:
-    """Read back with unit vectors: the error of a group is that of nibbles whose last place is its largest magnitude, and
-    of a scale that is a multiple of a sixteenth of the largest one; where that lessens it, the extreme is cut."""
+    """Read back with unit vectors. The error of a group is that of nibbles whose last place is its largest magnitude,
+    and of a scale that is a multiple of a sixteenth of the largest; where that lessens it, the extreme is cut."""
     group = GROUPS[dtype]
     for spread in ([1.0, 1.0, 1.0], [1.0, 100.0, 0.01], [1.0, 3.0, 0.2], [1.0, -0.05, 0.6]):
         w = uniform(8, 45, 3 * group) * np.repeat(spread, group).astype(np.float32)
