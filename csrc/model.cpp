@@ -81,7 +81,7 @@ Model::Model(Config config)
   vocab_width_ = width(c.vocab_size);
   const bool rounds = c.storage == Storage::bf16 && !kernels_->plain(c.storage);
   hidden_bf16_ = rounds ? prepared_bytes(c.storage, round_up(c.hidden_dim, kernels_->panel)) / 2 : 0;
-  for (const int64_t rows : {int64_t{1}, c.context_length}) {  // few and many
+  for (const int64_t rows : {int64_t{1}, INT64_MAX}) {  // few and many
     const Storage form = kernels_->row_form(c.storage, rows);
     max_row_bytes_ = std::max({max_row_bytes_, prepared_bytes(form, c.embed_dim), prepared_bytes(form, c.hidden_dim)});
   }
