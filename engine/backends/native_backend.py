@@ -6,8 +6,8 @@ and per row of activations, exact int32 sums); "int4" (W4A8: the same, but a wei
 multiplier, of -15..16, for every 32 weights of an output), "int4-g64" and "int4-g128" (groups of 64 and 128: 4% and 6%
 fewer bytes, more error). With int8 and int4 the KV cache and the embedding tables are bf16. Where there are tiles (AMX)
 attention rounds queries and weights to bf16 if the cache is bf16. Statistics, softmax, accumulation and the residual
-stream are float32. A row's bits do not depend on the batch, the chunking or the number
-of threads; they do depend on the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
+stream are float32. A row's bits do not depend on the batch, the chunking or the number of threads; they do depend on
+the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
 
 With ``screen_head`` rows of which the token alone is wanted are drawn by an int8 copy of the head and those outputs of
 the head itself that could be drawn (``csrc/screen.hpp``): for few sequences fewer bytes, for many more products.
