@@ -1,11 +1,13 @@
 """What crosses between the floors: requests and their options coming in, plans and results, outputs going out.
 
-Everything here is frozen, holds Python integers, floats and strings only, and imports neither torch nor NumPy.
+Everything here is frozen, holds Python integers, floats and strings only, and imports neither torch nor NumPy. What is
+made for every token is a named tuple, which takes a third of the time that a frozen dataclass takes.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MAX_LOGPROBS = 20  # top-N logprobs that a request may ask for
 
@@ -121,8 +123,7 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One token to draw after the last token that a ``SequencePlan`` runs.
 
     Args:
@@ -144,8 +145,7 @@ class Draw:
     banned_token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SequencePlan:
+class SequencePlan(NamedTuple):
     """One sequence's share of a step: run ``token_ids`` at positions ``start``, ``start + 1``, ...
 
     Args:
@@ -182,8 +182,7 @@ class StepPlan:
     block_copies: Sequence[tuple[int, int]] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A drawn token: its id, its logprob and rank (1 = most probable) in the model's own distribution.
 
     The rank may be 0, not counted, where no request of the step asks for logprobs.
@@ -203,8 +202,7 @@ class StepResult:
     drawn: Sequence[Drawn | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """A token of a sequence, as the planner hands it to the doors.
 
     ``finish_reason`` is None while the sequence goes on, then "stop" or "length"; ``stop_reason`` is the stop token's

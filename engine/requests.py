@@ -82,7 +82,10 @@ class Request:
     @property
     def finished(self) -> bool:
         """Whether every sample is complete."""
-        return all(sample.finish_reason is not None for sample in self.samples.values())
+        for sample in self.samples.values():  # noqa: SIM110 - half the time of all(), and asked of every request a step
+            if sample.finish_reason is None:
+                return False
+        return True
 
     @property
     def num_output_tokens(self) -> int:

@@ -10,8 +10,10 @@ from engine import LLM, RequestOutput, SamplingParams
 from engine.backends.registry import missing
 from engine.checkpoints.canonical import Checkpoint
 from engine.checkpoints.live import canonical_weights, recognise
+from engine.logs import get_logger
 from engine.reference import GPTModel, generate_greedy
 
+get_logger()  # pytest listens to loggers that do not propagate if they exist before the test begins
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 

@@ -179,10 +179,10 @@ class NativeBackend(Backend):
         if self._pause is not None and torch.get_num_threads() - 1 > self._room:
             self._pause(OMP_PAUSE_SOFT)
         logits, token_ids, logprobs, ranks, top_ids, top_logprobs = self._model.step(arrays, options)
-        bad = np.flatnonzero(token_ids < 0)
         error = None
-        if len(bad):
-            error = f"no token can be drawn from the logits of drawn row {bad[0]}: NaN, +inf, or every token excluded"
+        if token_ids.min(initial=0) < 0:
+            bad = int(np.argmin(token_ids))
+            error = f"no token can be drawn from the logits of drawn row {bad}: NaN, +inf, or every token excluded"
         rows = None if logits is None else torch.from_numpy(logits)
         return _Finished(StepOutput(token_ids, logprobs, ranks, top_ids, top_logprobs, rows), error)
 

@@ -1,13 +1,18 @@
-"""From a ``StepPlan`` to the arrays of a ``Batch``, in buffers that are made once."""
+"""From a ``StepPlan`` to the arrays of a ``Batch``, in buffers that are made once.
+
+A decode step has one token of every sequence, and a small model takes a fraction of a millisecond for it. So arrays are
+filled once a step from lists, not once a sequence, and what the step before had too is kept.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import Batch, SamplingBatch, Sparse
-from engine.messages import Draw, StepPlan
+from engine.messages import Draw, SamplingParams, StepPlan
 
 
 class BatchBuilder:
@@ -23,7 +28,6 @@ class BatchBuilder:
 
     def __init__(self, max_tokens: int, max_seqs: int, max_blocks: int, block_size: int, vocab_size: int) -> None:
         self._block_size = block_size
-        self._vocab_size = vocab_size
         self._token_ids = np.zeros(max_tokens, np.int32)
         self._positions = np.zeros(max_tokens, np.int32)
         self._slots = np.zeros(max_tokens, np.int64)
@@ -31,77 +35,128 @@ class BatchBuilder:
         self._query_starts = np.zeros(max_seqs + 1, np.int32)
         self._context_lens = np.zeros(max_seqs, np.int32)
         self._block_tables = np.zeros((max_seqs, max_blocks), np.int32)
+        self._tables: list[Sequence[int]] = [()] * max_seqs  # what the rows of _block_tables hold
+        self._sampling = _SamplingBuilder(vocab_size)
 
     def build(self, plan: StepPlan) -> Batch:
         """The batch of ``plan``; draws and logits rows are in the order of its sequences."""
-        end, width, uses_previous = 0, 1, False
-        draws: list[Draw] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        ends: list[int] = []
+        context_lens: list[int] = []
         draw_rows: list[int] = []
         logits_rows: list[int] = []
-        for s, part in enumerate(plan.sequences):
-            start, count = end, len(part.token_ids)
-            end = start + count
-            self._token_ids[start:end] = part.token_ids
-            self._positions[start:end] = np.arange(part.start, part.start + count)
-            table = np.asarray(part.block_table, np.int32)
-            self._block_tables[s, : len(table)] = table
-            width = max(width, len(table))
-            positions = self._positions[start:end]
-            blocks = table[positions // self._block_size].astype(np.int64)
-            self._slots[start:end] = blocks * self._block_size + positions % self._block_size
-            self._previous[start:end] = -1
-            if part.take_previous:
-                self._previous[end - 1] = part.previous_row
-                uses_previous = True
-            self._query_starts[s + 1] = end
-            self._context_lens[s] = part.start + count
+        previous: list[tuple[int, int]] = []
+        draws: list[Draw] = []
+        for part in plan.sequences:
+            stop = part.start + len(part.token_ids)
+            token_ids += part.token_ids
+            positions += range(part.start, stop)
+            self._append_slots(slots, part.block_table, part.start, stop)
+            end = len(token_ids)
+            ends.append(end)
+            context_lens.append(stop)
             if part.draw is not None:
                 draw_rows.append(end - 1)
                 draws.append(part.draw)
-            logits_rows.extend(range(end - part.num_logits, end))
-        num_seqs = len(plan.sequences)
+            if part.num_logits:
+                logits_rows += range(end - part.num_logits, end)
+            if part.take_previous:
+                previous.append((end - 1, part.previous_row))
+        seqs, end = len(ends), len(token_ids)
+        self._token_ids[:end] = token_ids
+        self._positions[:end] = positions
+        self._slots[:end] = slots
+        self._query_starts[1 : seqs + 1] = ends
+        self._context_lens[:seqs] = context_lens
+        if previous:
+            self._previous[:end] = -1
+            for row, previous_row in previous:
+                self._previous[row] = previous_row
         return Batch(
             token_ids=self._token_ids[:end],
             positions=self._positions[:end],
             slots=self._slots[:end],
-            query_starts=self._query_starts[: num_seqs + 1],
-            context_lens=self._context_lens[:num_seqs],
-            block_tables=self._block_tables[:num_seqs, :width],
+            query_starts=self._query_starts[: seqs + 1],
+            context_lens=self._context_lens[:seqs],
+            block_tables=self._tables_of(plan),
             draw_rows=np.asarray(draw_rows, np.int32),
             logits_rows=np.asarray(logits_rows, np.int32),
-            sampling=_sampling(draws, self._vocab_size) if draws else None,
-            previous_rows=self._previous[:end] if uses_previous else None,
+            sampling=self._sampling.build(draws) if draws else None,
+            previous_rows=self._previous[:end] if previous else None,
             block_copies=np.asarray(plan.block_copies, np.int32) if plan.block_copies else None,
         )
 
+    def _append_slots(self, slots: list[int], table: Sequence[int], start: int, stop: int) -> None:
+        """Append where positions [start, stop) lie, block by block."""
+        size = self._block_size
+        while start < stop:
+            block = start // size
+            shift = (table[block] - block) * size
+            end = min(stop, (block + 1) * size)
+            slots += range(start + shift, end + shift)
+            start = end
 
-def _sampling(draws: Sequence[Draw], vocab_size: int) -> SamplingBatch:
-    params = [draw.params for draw in draws]
+    def _tables_of(self, plan: StepPlan) -> npt.NDArray[np.int32]:
+        """[S, B], of which only the rows that changed are written."""
+        width = 1
+        for row, part in enumerate(plan.sequences):
+            table, held = part.block_table, self._tables[row]
+            width = max(width, len(table))
+            if table is not held and table != held:
+                self._block_tables[row, : len(table)] = table
+                self._tables[row] = table if isinstance(table, tuple | range) else ()  # those are the same for ever
+        return self._block_tables[: len(plan.sequences), :width]
+
+
+class _SamplingBuilder:
+    """Makes the options of a step's draws; what depends on the requests' options alone is kept while those stay."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._params: list[SamplingParams] = []
+        self._kept: dict[str, Any] = {}  # for these
+
+    def build(self, draws: Sequence[Draw]) -> SamplingBatch:
+        params = [draw.params for draw in draws]
+        if params != self._params:
+            self._kept = _of_params(params)
+        self._params = params  # those of this step, so that the next comparison finds the same objects
+        fields = self._kept | {
+            "seeds": np.asarray([draw.seed for draw in draws], np.uint64),
+            "positions": np.asarray([draw.position for draw in draws], np.uint32),
+            "sample_index": np.asarray([draw.sample_index for draw in draws], np.uint32),
+        }
+        if any(p.has_penalties for p in params):
+            fields["output_counts"] = _sparse(map(_history_counts, draws))
+        banned = [bool(draw.banned_token_ids) for draw in draws]
+        if any(banned) or any(p.allowed_token_ids is not None for p in params):
+            fields["allowed"] = np.stack([_allowed_bits(draw, self._vocab_size) for draw in draws])
+            fields["token_only"] = fields["token_only"] & ~np.asarray(banned)
+        return SamplingBatch(**fields)
+
+
+def _of_params(params: Sequence[SamplingParams]) -> dict[str, Any]:
+    """The fields of a ``SamplingBatch`` that are functions of the options."""
     floats = {
         name: np.asarray([getattr(p, name) for p in params], np.float32)
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
     }
-    masked = any(p.allowed_token_ids is not None for p in params) or any(draw.banned_token_ids for draw in draws)
-    return SamplingBatch(
-        **floats,
-        top_k=np.asarray([max(0, p.top_k) for p in params], np.int32),
-        seeds=np.asarray([draw.seed for draw in draws], np.uint64),
-        positions=np.asarray([draw.position for draw in draws], np.uint32),
-        sample_index=np.asarray([draw.sample_index for draw in draws], np.uint32),
-        num_logprobs=max(p.logprobs or 0 for p in params),
-        output_counts=_sparse(map(_history_counts, draws)) if any(p.has_penalties for p in params) else None,
-        logit_bias=_sparse((p.logit_bias or {}).items() for p in params) if any(p.logit_bias for p in params) else None,
-        allowed=np.stack([_allowed_bits(draw, vocab_size) for draw in draws]) if masked else None,
-        ranks=any(p.logprobs is not None for p in params),
-        token_only=np.asarray([_is_token_only(draw) for draw in draws], np.bool_),
-    )
+    biased = any(p.logit_bias for p in params)
+    return floats | {
+        "top_k": np.asarray([max(0, p.top_k) for p in params], np.int32),
+        "num_logprobs": max(p.logprobs or 0 for p in params),
+        "logit_bias": _sparse((p.logit_bias or {}).items() for p in params) if biased else None,
+        "ranks": any(p.logprobs is not None for p in params),
+        "token_only": np.asarray([_is_token_only(p) for p in params], np.bool_),
+    }
 
 
-def _is_token_only(draw: Draw) -> bool:
+def _is_token_only(p: SamplingParams) -> bool:
     """Whether the token is drawn with no option but a temperature, and its logprob is not asked for."""
-    p = draw.params
     filtered = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
-    edited = p.has_penalties or p.logit_bias or p.allowed_token_ids is not None or draw.banned_token_ids
+    edited = p.has_penalties or p.logit_bias or p.allowed_token_ids is not None
     return p.logprobs is None and not filtered and not edited
 
 

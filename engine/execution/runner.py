@@ -50,21 +50,17 @@ class Runner:
 
 
 def _result(plan: StepPlan, output: StepOutput) -> StepResult:
+    token_ids, logprobs, ranks = output.token_ids.tolist(), output.logprobs.tolist(), output.ranks.tolist()
+    top_ids, top_logprobs = output.top_ids.tolist(), output.top_logprobs.tolist()
     drawn: list[Drawn | None] = []
     row = 0
     for part in plan.sequences:
         if part.draw is None:
             drawn.append(None)
             continue
-        wanted = part.draw.params.logprobs or 0
-        top_ids, top_logprobs = output.top_ids[row, :wanted].tolist(), output.top_logprobs[row, :wanted].tolist()
-        drawn.append(
-            Drawn(
-                token_id=int(output.token_ids[row]),
-                logprob=float(output.logprobs[row]),
-                rank=int(output.ranks[row]),
-                top=tuple(zip(top_ids, top_logprobs, strict=True)),
-            )
-        )
+        top: tuple[tuple[int, float], ...] = ()
+        if wanted := part.draw.params.logprobs:
+            top = tuple(zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True))
+        drawn.append(Drawn(token_ids[row], logprobs[row], ranks[row], top))
         row += 1
     return StepResult(drawn)

@@ -62,9 +62,10 @@ class Scheduler:
         self._admit()
         budget = self._config.max_num_batched_tokens
         parts: list[SequencePlan] = []
+        pending = [(sequence, sequence.num_pending) for sequence in self._running.values()]
         # A stable sort: sequences with one pending token, which wait on nobody, come first.
-        for sequence in sorted(self._running.values(), key=lambda sequence: sequence.num_pending > 1):
-            count = min(sequence.num_pending, budget)
+        for sequence, wanted in sorted(pending, key=lambda entry: entry[1] > 1):
+            count = min(wanted, budget)
             if count == 0:
                 break
             budget -= count
@@ -74,7 +75,7 @@ class Scheduler:
                     token_ids=sequence.pending_tokens(count),
                     start=sequence.num_computed,
                     block_table=sequence.block_table,
-                    draw=sequence.next_draw() if count == sequence.num_pending else None,
+                    draw=sequence.next_draw() if count == wanted else None,
                 )
             )
         return StepPlan(parts)

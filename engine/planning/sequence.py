@@ -49,7 +49,7 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens to run before the next one can be drawn."""
-        return len(self.token_ids) - self.window_start - self.num_computed
+        return min(len(self.token_ids), self.context_length) - self.num_computed
 
     @property
     def max_positions(self) -> int:

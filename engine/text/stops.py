@@ -31,6 +31,8 @@ class StopFinder:
 
     def push(self, text: str) -> str:
         """The text that is safe to show now. After a match, nothing more."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text
