@@ -93,8 +93,8 @@ def _linear_tiles(
         block_k = BLOCK_K_FLOAT32
         num_warps = 8 if block_t == 64 else 4  # with 4, GPT-2 XL's spill
         return LinearTiles(block_t, block_k, splits, blocks * (BLOCK_K // block_k), fused, num_warps, 3, norm_rows)
-    num_stages = 3 if block_t == 64 and kind == "float" else 4
-    return LinearTiles(block_t, BLOCK_K, splits, blocks, fused, 4, num_stages, norm_rows)
+    stages = {"int4": {32: 3, 64: 6}, "float": {64: 3}}.get(kind, {})  # int4: sm_80 spills with 4
+    return LinearTiles(block_t, BLOCK_K, splits, blocks, fused, 4, stages.get(block_t, 4), norm_rows)
 
 
 def split_kv(n_heads: int, context_length: int) -> int:
