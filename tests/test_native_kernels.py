@@ -49,13 +49,13 @@ def test_rows_are_the_same_in_every_tile(dtype: str, isa: str) -> None:
     for k in (5, 1000):
         x, w = uniform(1, 600, k), uniform(2, 253, k)
         whole = linear(x, w, dtype, isa)
-        for rows in (*range(1, 21), 33, 512, 513):
+        for rows in (*range(1, 21), 31, 32, 33, 512, 513):
             assert np.array_equal(linear(x[:rows], w, dtype, isa, threads=2), whole[:rows]), (k, rows)
         assert np.array_equal(linear(x[577:], w, dtype, isa), whole[577:])
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 32, 40])
 def test_int8_sums_are_exact(rows: int, isa: str) -> None:
     """Integers up to +-127 with a scale of 1 on both sides: the result is the integer sum, extremes included."""
     generator = np.random.default_rng(rows)
