@@ -104,9 +104,11 @@ class BatchBuilder:
         for row, part in enumerate(plan.sequences):
             table, held = part.block_table, self._tables[row]
             width = max(width, len(table))
-            if table is not held and table != held:
+            if table is held:
+                continue
+            if table != held:
                 self._block_tables[row, : len(table)] = table
-                self._tables[row] = table if isinstance(table, tuple | range) else ()  # those are the same for ever
+            self._tables[row] = table if isinstance(table, tuple | range) else ()  # those are the same for ever
         return self._block_tables[: len(plan.sequences), :width]
 
 
