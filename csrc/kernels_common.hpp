@@ -46,11 +46,22 @@
 
 namespace native {
 
-inline void prefetch(const void* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p);
+// To the first-level cache, or the second. As instructions, because GCC 12 drops a call of a function that does nothing
+// but __builtin_prefetch.
+INLINE void prefetch(const void* p) {
+#if defined(__GNUC__) && defined(__x86_64__)
+  asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
+#elif defined(__GNUC__) && defined(__aarch64__)
+  asm volatile("prfm pldl1keep, [%0]" : : "r"(p));
 #else
   (void)p;
+#endif
+}
+INLINE void prefetch_to_second(const void* p) {
+#if defined(__GNUC__) && defined(__x86_64__)
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  prefetch(p);
 #endif
 }
 
