@@ -149,8 +149,10 @@ struct Kernels {
   // weight and bias have round_up(d, 16) floats; out gets as many, zeros past d.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t d, float eps, float* out);
   CacheShape (*cache_shape)(int64_t heads, int64_t head_dim, int64_t block_size, bool bf16);
-  // K and V [heads * head_dim] of one token, the `offset`th of a block.
-  void (*write_cache)(const CacheShape& shape, const float* k, const float* v, uint8_t* block, int64_t offset);
+  // One head of K and V [count, heads * head_dim], rows `stride` floats apart, to the slots of a layer's cache; to none
+  // where a slot is negative.
+  void (*write_cache)(const CacheShape& shape, int64_t head, const float* k, const float* v, int64_t stride,
+                      const int64_t* slots, int64_t count, uint8_t* cache);
   int64_t (*attention_scratch)(const CacheShape& shape, int64_t score_stride);
   void (*attention)(const CacheShape& shape, const Attention* items, int64_t count);
 

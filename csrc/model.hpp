@@ -80,7 +80,7 @@ class Model {
   int64_t reserve_head(const Batch& batch);
   void copy_blocks(const Batch& batch);
   void embed(const Batch& batch, int64_t row);
-  void write_cache(const Batch& batch, int64_t layer, int64_t row);
+  void write_cache(Team& team, const Batch& batch, int64_t layer);
   Attention attention(const Batch& batch, int64_t layer, int64_t index, int thread) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                     int64_t rows);

@@ -2,6 +2,7 @@
 // first and sleep later, because waking a sleeper costs more than most phases take.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -47,14 +48,16 @@ class Team {
   explicit Team(int size) : size_(size) {}
   int size() const { return size_; }
 
-  // Calls body(begin, end) for pieces of [0, count) on whichever thread is free, then waits for all threads. Which
-  // thread runs a piece is chance, so a body's results must not depend on it.
+  // Calls body(begin, end) for pieces of [0, count) on whichever thread is free, then waits for all threads. A piece is
+  // half of a thread's share of what is left, so that nobody begins a long one at the end, and `most` at most. Which thread
+  // runs it is chance, so a body's results must not depend on it.
   template <class Body>
-  void for_each(int64_t count, int64_t grain, Body&& body) {
-    for (;;) {
-      const int64_t begin = next_.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) break;
-      body(begin, begin + grain < count ? begin + grain : count);
+  void for_each(int64_t count, int64_t most, Body&& body) {
+    for (int64_t begin = next_.load(std::memory_order_relaxed); begin < count;) {
+      const int64_t end = begin + std::clamp<int64_t>((count - begin) / (2 * size_), 1, most);
+      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      body(begin, end);
+      begin = next_.load(std::memory_order_relaxed);
     }
     barrier();
   }

@@ -11,7 +11,7 @@ namespace {
 
 // With so few rows every thread prepares all of them for itself: that is cheaper than a barrier.
 constexpr int64_t kPrivateRows = 4;
-constexpr int64_t kAttentionGrain = 6;  // units of attention that a thread takes at a time
+constexpr int64_t kAttentionGrain = 6;  // units of attention that a thread takes at a time, at most
 
 void check_range(const char* what, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value < high) return;
@@ -124,11 +124,17 @@ void Model::embed(const Batch& b, int64_t row) {
   pos_emb_.add_row(b.positions[row], x);
 }
 
-void Model::write_cache(const Batch& b, int64_t layer, int64_t row) {
-  if (b.slots[row] < 0) return;
-  const int64_t block = b.slots[row] / config_.block_size, offset = b.slots[row] % config_.block_size;
-  const float* k = qkv_.floats() + row * qkv_width_ + config_.embed_dim;
-  kernels_->write_cache(shape_, k, k + config_.embed_dim, cache_block(layer, block), offset);
+// New tokens' K and V, as many tokens of a head at a time as a block holds. All threads call it and meet at its end.
+void Model::write_cache(Team& team, const Batch& b, int64_t layer) {
+  const int64_t groups = (b.num_tokens + config_.block_size - 1) / config_.block_size, heads = config_.n_heads;
+  team.for_each(groups * heads, heads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / heads * config_.block_size;
+      const float* k = qkv_.floats() + first * qkv_width_ + config_.embed_dim;
+      kernels_->write_cache(shape_, i % heads, k, k + config_.embed_dim, qkv_width_, b.slots + first,
+                            std::min(config_.block_size, b.num_tokens - first), cache_block(layer, 0));
+    }
+  });
 }
 
 Attention Model::attention(const Batch& b, int64_t layer, int64_t index, int thread) const {
@@ -193,11 +199,8 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
 // y = epilogue(x W^T + b) for `rows` prepared rows. All threads call it and meet at its end.
 void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y) {
   const Matrix& m = matrix.view();
-  // Few rows: long pieces, which stream best, in pairs of panels. Many rows: a group of panels, two for each thread.
-  const int64_t share = m.num_panels / (team.size() * 6);
-  const int64_t grain = rows > 16 ? std::clamp<int64_t>(share * 3, 1, kernels_->panel_group)
-                                  : std::max<int64_t>(2, share / 2 * 2);
-  team.for_each(m.num_panels, grain, [&](int64_t begin, int64_t end) {
+  // Few rows: long pieces, which stream best. Many rows: groups of panels, which use what they fetch of the rows.
+  team.for_each(m.num_panels, rows > 16 ? kernels_->panel_group : m.num_panels, [&](int64_t begin, int64_t end) {
     kernels_->matmul(m, x, rows, y, begin, end, space(thread) + space_.matmul);
   });
 }
@@ -210,20 +213,17 @@ void Model::linear(Team& team, int thread, const Packed& matrix, const float* x,
 
 void Model::run_layers(Team& team, int thread, const Batch& b) {
   const int64_t rows = b.num_tokens;
-  const auto every_row = [&](auto body) {
-    team.for_each(rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) body(row);
-    });
-  };
   uint16_t* hidden_bf16 = hidden_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
-  every_row([&](int64_t row) { embed(b, row); });
+  team.for_each(rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) embed(b, row);
+  });
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     const Block& block = blocks_[static_cast<size_t>(layer)];
     linear(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows, {qkv_.floats(), qkv_width_, Epilogue::store});
     // All of it before any of it is read: a sequence may read a block that another one of this step fills.
-    every_row([&](int64_t row) { write_cache(b, layer, row); });
+    write_cache(team, b, layer);
     const int64_t units = static_cast<int64_t>(units_.size()) * config_.n_heads;
-    team.for_each(units, units > 64 ? kAttentionGrain : 1, [&](int64_t begin, int64_t end) {
+    team.for_each(units, kAttentionGrain, [&](int64_t begin, int64_t end) {
       Attention items[kAttentionGrain];
       for (int64_t i = begin; i < end; ++i) items[i - begin] = attention(b, layer, i, thread);
       kernels_->attention(shape_, items, end - begin);
