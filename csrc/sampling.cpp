@@ -1,5 +1,6 @@
 #include "sampling.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -194,15 +195,20 @@ void Sampler::pick(const Kernels& kernels, const Sampling& s, const float* logit
     const Candidate* best = found;
     for (int64_t i = 1; i < pieces_; ++i) best = found[i].value > best->value ? found + i : best;
     token = best->id;
+  } else if (row.edited) {
+    const float* x = values_.floats() + r * width_;
+    token = kernels.first_equal(x, 0, vocab_size_, kernels.partial_sum(x, 0, vocab_size_).largest);
   } else {
-    const float* x = row.edited ? values_.floats() + r * width_ : logits;
-    const float largest = row.edited ? kernels.partial_sum(x, 0, vocab_size_).largest : row.largest;
-    token = kernels.first_equal(x, 0, vocab_size_, largest);
+    const Partial* parts = partials_.data() + r * pieces_;
+    int64_t piece = 0;
+    while (parts[piece].largest != row.largest) ++piece;
+    token = kernels.first_equal(logits, piece * kPiece, std::min((piece + 1) * kPiece, vocab_size_), row.largest);
   }
   const auto logprob = [&](float logit) { return logit - row.largest - row.log_sum; };
   draws.token_ids[r] = static_cast<int32_t>(token);
   draws.logprobs[r] = logprob(logits[token]);
-  draws.ranks[r] = static_cast<int32_t>(kernels.count_above(logits, vocab_size_, logits[token]) + 1);
+  const int64_t above = logits[token] == row.largest ? 0 : kernels.count_above(logits, vocab_size_, logits[token]);
+  draws.ranks[r] = static_cast<int32_t>(above + 1);
   // The most probable, by insertion: few ids get past the least of the list.
   const int64_t count = s.num_logprobs;
   int32_t* ids = draws.top_ids + r * count;
