@@ -20,7 +20,8 @@ namespace {
 #if defined(NATIVE_X86)
 
 struct Features {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
+  bool intel = false;
+  bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, amx = false;
 };
 
 void cpuid(int leaf, int sub, unsigned out[4]) {
@@ -59,6 +60,7 @@ Features detect() {
   const auto bit = [&](int reg, int position) { return ((r[reg] >> position) & 1u) != 0; };
   cpuid(0, 0, r);
   const unsigned leaves = r[0];
+  found.intel = r[1] == 0x756e6547 && r[3] == 0x49656e69 && r[2] == 0x6c65746e;  // "GenuineIntel"
   cpuid(1, 0, r);
   const bool osxsave = bit(2, 27), avx = bit(2, 28), fma = bit(2, 12);
   if (!osxsave || !avx || leaves < 7) return found;
@@ -71,9 +73,11 @@ Features detect() {
   const unsigned sub_leaves = r[0];
   const bool amx_bf16 = bit(3, 22), amx_tile = bit(3, 24), amx_int8 = bit(3, 25);
   found.avx512 = found.avx2 && zmm && f && dq && bw && vl;
+  found.avx512_vnni = found.avx512 && vnni;
   if (sub_leaves >= 1) {
     cpuid(7, 1, r);
-    found.avx512_bf16 = found.avx512 && vnni && bit(0, 5);
+    found.avx2_vnni = found.avx2 && bit(0, 4);
+    found.avx512_bf16 = found.avx512_vnni && bit(0, 5);
     const bool tiles = (saved & 0x60000) == 0x60000 && amx_bf16 && amx_tile && amx_int8;
     found.amx = found.avx512_bf16 && tiles && may_use_tiles();
   }
@@ -92,8 +96,14 @@ const std::vector<Isa>& isas() {
 #if defined(NATIVE_AMX)
     list.push_back({"amx", cpu.amx, kernels_amx});
 #endif
-    list.push_back({"avx512_bf16", cpu.avx512_bf16, kernels_avx512_bf16});
+    // Intel's vdpbf16ps takes longer than four of float32's multiply-adds, whose bf16 weights are widened first.
+    if (!cpu.intel) list.push_back({"avx512_bf16", cpu.avx512_bf16, kernels_avx512_bf16});
+    list.push_back({"avx512_vnni", cpu.avx512_vnni, kernels_avx512_vnni});
+    if (cpu.intel) list.push_back({"avx512_bf16", cpu.avx512_bf16, kernels_avx512_bf16});
     list.push_back({"avx512", cpu.avx512, kernels_avx512});
+#if defined(NATIVE_AVX_VNNI)
+    list.push_back({"avx2_vnni", cpu.avx2_vnni, kernels_avx2_vnni});
+#endif
     list.push_back({"avx2", cpu.avx2, kernels_avx2});
 #elif defined(NATIVE_ARM64)
     list.push_back({"neon", true, kernels_neon});

@@ -25,11 +25,17 @@ const Kernels* kernels_generic();
 #define NATIVE_X86 1
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_avx512_bf16();
-// Tiles: Linux, whose permission isa.cpp asks for, and a compiler whose assembler is sure to know them.
-#if defined(__linux__) && defined(__x86_64__) && (__clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11))
+// Compilers whose assembler is sure to know what came after AVX-512. Tiles also take Linux, whose permission isa.cpp
+// asks for.
+#if __clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11)
+#define NATIVE_AVX_VNNI 1
+const Kernels* kernels_avx2_vnni();
+#if defined(__linux__) && defined(__x86_64__)
 #define NATIVE_AMX 1
 const Kernels* kernels_amx();
+#endif
 #endif
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define NATIVE_ARM64 1

@@ -9,10 +9,11 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma"
 namespace native {
 namespace amx {
 #define NATIVE_X86_VECTORS 1
+#define HAVE_DOT_BF16 1
+#define HAVE_DOT_BYTES 1
+#define HAVE_TILES 1
 #include "vec_avx512.inc"
 #define ISA_NAME "amx"
-#define HAVE_DOT_INSTRUCTIONS 1
-#define HAVE_TILES 1
 #include "kernels.inc"
 }  // namespace amx
 }  // namespace native
