@@ -1,9 +1,10 @@
 """The native backend beside other engines and beside what the machine can do at most: ``python -m benchmarks.compare``.
 
 One random GPT-2 is written to disk and given to every engine, each in a process of its own (``benchmarks/engines.py``)
-and in its best setting for ``--threads`` threads. The engines take turns within each repetition, and the machine's
-limits (bytes read per second, multiply-accumulates per second with operands in registers) are measured in every
-repetition too, so that a neighbour's load hits all alike; medians are reported. Prompts are new in every repetition.
+and in its best setting for ``--threads`` threads. The engines take turns within each repetition, in an order that is
+drawn anew, as a machine is not the same after every neighbour. Its limits (bytes read per second, multiply-accumulates
+per second with operands in registers) are measured in every repetition too, so that a guest's load hits all alike;
+medians are reported. Prompts are new in every repetition.
 A decode step's time is that between the last sequence's first token and the end, over the tokens in between; a
 prefill's is that until the first token. The float32 engines must agree on the greedy tokens, and the others give
 tokens of the vocabulary, before anything is timed. Peers are looked for in this environment and in those that
@@ -170,7 +171,7 @@ def run_case(args: argparse.Namespace, runners: list[Runner], case: Case) -> lis
     for repeat in range(-1, args.repeats):  # the first is a warm-up
         limits = measure_limits(args.threads, args.dtypes, args.megabytes)
         prompts = random_prompts(config.vocab_size, case.seqs, case.prompt, 1000 * case.seqs + repeat)
-        for runner in runners:
+        for runner in random.Random(repeat).sample(runners, len(runners)):
             time.sleep(PAUSE)
             seconds = step_seconds(runner.engine, case, prompts)
             if repeat >= 0:

@@ -94,7 +94,7 @@ def neutral(rows: int, **changes: object) -> SamplingBatch:
 def run_in_process(code: str, **variables: str) -> str:
     """Standard output of ``code`` in a fresh interpreter that sees the tests and the engine."""
     root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root), *sys.path])
+    path = os.pathsep.join([*sys.path, str(root.parent), str(root)])  # this process's build of the extension first
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
