@@ -94,12 +94,13 @@ def neutral(rows: int, **changes: object) -> SamplingBatch:
 def run_in_process(code: str, **variables: str) -> str:
     """Standard output of ``code`` in a fresh interpreter that sees the tests and the engine."""
     root = Path(__file__).parent
-    path = os.pathsep.join([*sys.path, str(root.parent), str(root)])  # this process's build of the extension first
+    path = os.pathsep.join([*sys.path, str(root.parent), str(root)])  # this process's build of the extension first,
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=root,  # and none that lies where the process was started
         env={**os.environ, "PYTHONPATH": path, **variables},
         check=False,
     )
