@@ -29,7 +29,7 @@ const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_avx512_bf16();
 // Compilers whose assembler is sure to know what came after AVX-512. Tiles also take Linux, whose permission isa.cpp
 // asks for.
-#if __clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11)
+#if __clang_major__ >= 14 || (!defined(__clang__) && __GNUC__ >= 11)
 #define NATIVE_AVX_VNNI 1
 const Kernels* kernels_avx2_vnni();
 #if defined(__linux__) && defined(__x86_64__)
