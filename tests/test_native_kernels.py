@@ -129,6 +129,16 @@ def test_activations(activation: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_exponentials_relative_error(isa: str) -> None:
+    """By silu, which is z e^z where z is far below zero: two units in the last place, as far down as e^-80."""
+    x = (np.arange(-80 * 64, 10 * 64, dtype=np.float32) / 64)[:, None]  # with a bias of -1, 0 or 1 exact
+    z = x.astype(np.float64) + np.linspace(-1, 1, 3)
+    wanted = z / (1 + np.exp(-z))
+    got = linear(x, np.ones((3, 1), np.float32), "float32", isa, "silu")
+    assert (np.abs(got - wanted) <= 2.4e-7 * np.abs(wanted)).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_nan_and_infinity_come_through(dtype: str, isa: str) -> None:
     for activation in ("none", "gelu_tanh", "gelu", "relu", "silu"):
