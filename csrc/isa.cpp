@@ -96,7 +96,7 @@ const std::vector<Isa>& isas() {
 #if defined(NATIVE_AMX)
     list.push_back({"amx", cpu.amx, kernels_amx});
 #endif
-    // Intel's vdpbf16ps takes longer than four of float32's multiply-adds, whose bf16 weights are widened first.
+    // Intel's vdpbf16ps takes as long as four of float32's multiply-adds, which widened weights take two of.
     if (!cpu.intel) list.push_back({"avx512_bf16", cpu.avx512_bf16, kernels_avx512_bf16});
     list.push_back({"avx512_vnni", cpu.avx512_vnni, kernels_avx512_vnni});
     if (cpu.intel) list.push_back({"avx512_bf16", cpu.avx512_bf16, kernels_avx512_bf16});
