@@ -33,6 +33,7 @@ DTYPES = {  # name -> storage type, kind of weights
     "int8": ("bfloat16", "int8"),
     "int4": ("bfloat16", "int4"),
 }
+DEPENDENT = ("sm_90", "sm_100", "sm_120")  # have dependent launch (kernels/dependent.py)
 
 
 def reader_hash() -> str:
@@ -81,7 +82,9 @@ def compile_target(target: str, models: list[str], dtypes: list[str], fresh: boo
         (model, dtype, launch)
         for model in models
         for dtype in dtypes
-        for launch in all_launches(MODELS[model], getattr(torch, DTYPES[dtype][0]), DTYPES[dtype][1])
+        for launch in all_launches(
+            MODELS[model], getattr(torch, DTYPES[dtype][0]), DTYPES[dtype][1], dependent=target in DEPENDENT
+        )
     ]
     asked = asked_by(target, [launch.run for *_, launch in launches])
     hashes = {module: code_hash(module) for module in {one.module for one in asked}}

@@ -39,6 +39,7 @@ MODELS = {
 BLOCK_SIZE = 16  # tokens of a cache block
 CACHE_BLOCKS = 4096  # of a layer's cache
 TILE_EDGES = (1, 4, 5, 16, 17, 32, 33, 64, 65, 256)  # rows at which a launcher's choice of tiles may change
+MOST_ROWS_DEPENDENT = 4  # of a step whose kernels may start early: on an H200 one row gained by it, eight lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,9 @@ def meta_weights(n: int, k: int, dtype: torch.dtype, kind: str = "float") -> Wei
     return Weights(empty(n, tiles.cdiv(k, ROW_ALIGN) * ROW_ALIGN, dtype=dtype), (n, k))
 
 
-def _linears(shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, blocks: int = CACHE_BLOCKS) -> list[Launch]:
+def _linears(
+    shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, blocks: int = CACHE_BLOCKS, dependent: bool = False
+) -> list[Launch]:
     """The four linears of a layer."""
     d, hidden, size = shape.width, shape.hidden, dtype.itemsize
     (x0, x1), normed = empty(2, rows, d), empty(rows, d, dtype=dtype)
@@ -111,7 +114,7 @@ def _linears(shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, blocks
             name,
             shape.layers,
             rows,
-            lambda: linear.linear(x, weights, bias, y, workspace, **options),  # type: ignore[arg-type]
+            lambda: linear.linear(x, weights, bias, y, workspace, dependent=dependent, **options),  # type: ignore[arg-type]
             cost,
             (weights.data,),
             (workspace.partials, workspace.tile_counters, workspace.row_counters),
@@ -126,7 +129,11 @@ def _linears(shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, blocks
 
 
 def _attention(
-    shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch.dtype, blocks: int = CACHE_BLOCKS
+    shape: ModelShape,
+    spans: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    blocks: int = CACHE_BLOCKS,
+    dependent: bool = False,
 ) -> Launch:
     head_dim = shape.width // shape.heads
     choice = tiles.attention_tiles(head_dim, dtype.itemsize, max(count for _, count in spans))
@@ -144,7 +151,9 @@ def _attention(
         "attention",
         shape.layers,
         rows,
-        lambda: attention.attention(q, k, v, tables, tile_list, out, floats, zeros, paging, 0.125, choice, longest),
+        lambda: attention.attention(
+            q, k, v, tables, tile_list, out, floats, zeros, paging, 0.125, choice, longest, dependent
+        ),
         attention.cost(listed.tolist(), paging, dtype.itemsize, choice),
         (k, v),
         (floats, zeros),
@@ -180,7 +189,13 @@ def _sampling(shape: ModelShape, rows: int, *edits: bool) -> Launch:
 
 
 def _head_sample(
-    shape: ModelShape, rows: int, dtype: torch.dtype, kind: str, edits: bool = False, top: int = 0
+    shape: ModelShape,
+    rows: int,
+    dtype: torch.dtype,
+    kind: str,
+    edits: bool = False,
+    top: int = 0,
+    dependent: bool = False,
 ) -> list[Launch]:
     """The fused head and draw, and the ranks that may follow it."""
     d = shape.width
@@ -193,7 +208,7 @@ def _head_sample(
             "head_sample",
             1,
             rows,
-            lambda: head_sample.head_sample(x, w, row_ids, chosen, drawn, scratch),
+            lambda: head_sample.head_sample(x, w, row_ids, chosen, drawn, scratch, dependent=dependent),
             head_sample.cost(rows, w, dtype.itemsize),
             (w.data,),
             (scratch.floats, scratch.ids, scratch.counters),
@@ -227,7 +242,9 @@ def step_launches(
         return _step_launches(shape, spans, dtype, kind)
 
 
-def _step_launches(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch.dtype, kind: str) -> list[Launch]:
+def _step_launches(
+    shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: torch.dtype, kind: str, dependent: bool = False
+) -> list[Launch]:
     rows, draws, d, size = sum(count for _, count in spans), len(spans), shape.width, dtype.itemsize
     ids, positions = _different(rows), _different(rows) % shape.context_length
     fresh = torch.full((rows,), -1, dtype=torch.int32)
@@ -236,17 +253,17 @@ def _step_launches(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: t
     norm = empty(2, d, dtype=dtype)
     y = empty(draws, _aligned(shape.vocab_size))[:, : shape.vocab_size]
     row_ids = _different(draws)
-    qkv, proj, fc, fc2 = _linears(shape, rows, dtype, kind)
+    qkv, proj, fc, fc2 = _linears(shape, rows, dtype, kind, dependent=dependent)
     return [
         Launch(
             "embedding",
             1,
             rows,
-            lambda: embedding.embedding(ids, fresh, ids, positions, tok, pos, stream, *norm, normed, 1e-5),
+            lambda: embedding.embedding(ids, fresh, ids, positions, tok, pos, stream, *norm, normed, 1e-5, dependent),
             embedding.cost(rows, d, size, rows, min(rows, shape.context_length)),
         ),
         qkv,
-        _attention(shape, spans, dtype),
+        _attention(shape, spans, dtype, dependent=dependent),
         proj,
         fc,
         fc2,
@@ -254,7 +271,7 @@ def _step_launches(shape: ModelShape, spans: Sequence[tuple[int, int]], dtype: t
             "logits",
             1,
             draws,
-            lambda: logits.logits(normed, head, row_ids, y),
+            lambda: logits.logits(normed, head, row_ids, y, dependent),
             logits.cost(draws, head, size),
             (head.data,),
         ),
@@ -270,14 +287,20 @@ def head_sample_launches(
         return _head_sample(shape, draws, dtype, kind)[:1]
 
 
-def all_launches(shape: ModelShape, dtype: torch.dtype, kind: str = "float") -> list[Launch]:
-    """A launch of every specialisation that decoding 1 to 256 sequences and prefilling any prompt asks for."""
+def all_launches(
+    shape: ModelShape, dtype: torch.dtype, kind: str = "float", dependent: bool = False
+) -> list[Launch]:
+    """A launch of every specialisation that decoding 1 to 256 sequences and prefilling any prompt asks for.
+
+    With ``dependent``, those too that a step of up to ``MOST_ROWS_DEPENDENT`` rows asks for where kernels start early.
+    """
     with torch.device("meta"):
         found: list[Launch] = []
-        for batch in TILE_EDGES:
-            found += _step_launches(shape, [(100, 1)] * batch, dtype, kind)
-            found += _head_sample(shape, batch, dtype, kind)
-            found += _head_sample(shape, batch, dtype, kind, edits=True, top=1)[:1]
+        few = [(batch, True) for batch in TILE_EDGES if dependent and batch <= MOST_ROWS_DEPENDENT]
+        for batch, early in [*((batch, False) for batch in TILE_EDGES), *few]:
+            found += _step_launches(shape, [(100, 1)] * batch, dtype, kind, early)
+            found += _head_sample(shape, batch, dtype, kind, dependent=early)
+            found += _head_sample(shape, batch, dtype, kind, edits=True, top=1, dependent=early)[:1]
         for length in (17, 257, 512):
             found += _step_launches(shape, [(0, length)], dtype, kind)
         found += [_sampling(shape, 1, *edits) for edits in product((False, True), repeat=2)]

@@ -96,11 +96,11 @@ def _markdown(head: str, rows: list[str]) -> str:
 
 
 def machine_table(manifest: dict[str, Any], target: str, model: str = "gpt2", dtype: str = "bf16") -> str:
-    """The manifest's rows of one model and dtype on one target, in Markdown."""
+    """The manifest's rows of one model and dtype on one target, in Markdown, but those of dependent launch."""
     rows = []
     for row in manifest["targets"][target]:
-        if row["model"] == model and row["dtype"] == dtype:
-            given = ", ".join(f"{name}={value}" for name, value in row["arguments"].items())
+        if row["model"] == model and row["dtype"] == dtype and not row["arguments"].get("PDL"):
+            given = ", ".join(f"{name}={value}" for name, value in row["arguments"].items() if name != "PDL")
             rows.append(
                 f"| {row['launch']} | {given} | {row['num_warps']} | {row['registers']} | {row['spills']} "
                 f"| {row['shared']:,} | {row['occupancy']:.0%} | {row['wide_share']:.0%} | {row['family']} |"

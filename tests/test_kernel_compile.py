@@ -184,6 +184,7 @@ from engine.backends.triton_step import TritonStep
 from engine.backends.triton_weights import pack_model
 from engine.checkpoints.canonical import canonical_shapes
 from engine.config import ModelConfig
+from kernels.compile import DEPENDENT
 from kernels.launches import MODELS
 from kernels.offline import asked_by
 
@@ -201,9 +202,10 @@ def options(rows, vocab_size):
                          int(random.integers(0, 3)) * coin(), f(0), f(0), f(1), sparse if coin() else None,
                          sparse if coin() else None, mask if coin() else None)
 
-def batch(vocab_size):
+def batch(vocab_size, few):
     kind = random.integers(0, 3)  # decode, one prompt, a mixture
-    counts = [1] * int(random.integers(1, 257)) if kind != 1 else [int(random.integers(1, 1025))]
+    most = 4 if few and coin() else 256
+    counts = [1] * int(random.integers(1, most + 1)) if kind != 1 else [int(random.integers(1, 4 * most + 1))]
     if kind == 2:
         counts += [int(n) for n in random.integers(1, 300, random.integers(1, 6))]
     starts = np.cumsum([0, *counts]).astype(np.int32)
@@ -224,10 +226,12 @@ for name, shape in MODELS.items():
     model = ModelConfig(shape.vocab_size, shape.context_length, shape.width, shape.heads, 1, shape.hidden)
     weights = {n: torch.empty(s, device="meta") for n, s in canonical_shapes(model).items()}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        step = TritonStep(model, pack_model(model, weights, dtype, torch.device("meta")), dtype, 16)
-        step.allocate(int(random.choice([4096, 200_000])))
-        for asked in asked_by(target, [lambda: step.run(batch(shape.vocab_size))] * 25):
-            found[asked.name] = f"{name} {dtype} {asked.kernel} {asked.arguments}"
+        packed = pack_model(model, weights, dtype, torch.device("meta"))
+        for dependent in (False, True) if target in DEPENDENT else (False,):
+            step = TritonStep(model, packed, dtype, 16, dependent=dependent)
+            step.allocate(int(random.choice([4096, 200_000])))
+            for asked in asked_by(target, [lambda: step.run(batch(shape.vocab_size, dependent))] * 25):
+                found[asked.name] = f"{name} {dtype} {asked.kernel} {asked.arguments}"
 print(json.dumps(found))
 """
 

@@ -17,6 +17,7 @@ from test_kernel_sampling import Row, options, outputs
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kernels import attention, embedding, head_sample, linear, logits, tiles
+from kernels.launches import MOST_ROWS_DEPENDENT
 from kernels.weights import Weights, pack, unpack
 
 STEPS = ("griddepcontrol.launch_dependents", "griddepcontrol.wait", "prefetch.global.L2")
@@ -146,20 +147,20 @@ step = TritonStep(model, packed, torch.bfloat16, 16, graphs=False, dependent=dep
 step.allocate(4096)
 seen = {}
 driver = Driver.__new__(Driver)
-for count, k in ((1, 5), (70, 5), (1, 0)):
+for count, k in ((1, 5), (4, 5), (5, 5), (70, 5), (1, 0)):
     options = greedy(1, temperature=torch.ones(1).numpy(), top_k=torch.full((1,), k).numpy(), ranks=False)
     batch = driver.batch([(Running(list(range(5))), [1] * count)], options)
-    with offline.compiling_only(target, seen=lambda compiled: seen.setdefault(compiled.hash, compiled)):
+    with offline.compiling_only(target, seen=lambda compiled: seen.setdefault(compiled.hash, (count, compiled))):
         step.run(batch)
-kept = [offline.Compiled.of(target, compiled) for compiled in seen.values()]
+kept = [offline.Compiled.of(target, compiled) for _, compiled in seen.values()]
 texts = offline.disassemble(target, [one.code for one in kept])
 marks = {"PREEXIT": "let", "ACQBULK": "wait", "CCTL.E.PF2": "prefetch", "LDG": "load", "LDGSTS": "load",
          "STG": "store", "ATOMG": "atomic", "EXIT": "exit"}
 words = r"\b(PREEXIT|ACQBULK|CCTL\.E\.PF2|LDGSTS|LDG|STG|ATOMG|EXIT)\b"
 print(json.dumps([
-    [compiled.metadata.name, one.spills, compiled.metadata.launch_pdl, [marks[w] for w in re.findall(words, text)],
-     "griddepcontrol" in compiled.asm["ptx"]]
-    for compiled, one, text in zip(seen.values(), kept, texts)
+    [compiled.metadata.name, count, one.spills, compiled.metadata.launch_pdl,
+     [marks[w] for w in re.findall(words, text)], "griddepcontrol" in compiled.asm["ptx"]]
+    for (count, compiled), one, text in zip(seen.values(), kept, texts)
 ]))
 """
 
@@ -171,15 +172,21 @@ def machine_code(target: str, dependent: bool) -> list[Any]:
 
 @pytest.mark.slow
 def test_the_machine_code_waits_first() -> None:
-    """sm_90: the wait comes before every load, store and atomic; in linears and logits, after the prefetches."""
+    """sm_90: the wait comes before every load, store and atomic; in linears and logits, after the prefetches.
+
+    Steps of 5 and of 70 tokens have none of it.
+    """
     found = machine_code("sm_90", True)
-    assert {name for name, *_ in found} == {
+    assert {name for name, count, *_ in found if count <= MOST_ROWS_DEPENDENT} == {
         "_embedding_kernel", "_linear_kernel", "_attention_kernel", "_logits_kernel", "_sampling_kernel",
         "_head_sample_kernel",
     }  # fmt: skip
-    for name, spills, launched, order, _ in found:
+    assert {name for name, count, *_ in found if count == 5} == {
+        "_embedding_kernel", "_linear_kernel", "_attention_kernel", "_logits_kernel"
+    }  # fmt: skip
+    for name, count, spills, launched, order, in_ptx in found:
         assert spills == 0, name
-        assert launched == (name != "_sampling_kernel")
+        assert launched == in_ptx == (name != "_sampling_kernel" and count <= MOST_ROWS_DEPENDENT)
         if launched:
             before = order[: order.index("wait")]
             weights = name in ("_linear_kernel", "_logits_kernel", "_head_sample_kernel")
@@ -189,6 +196,6 @@ def test_the_machine_code_waits_first() -> None:
 
 @pytest.mark.slow
 def test_sm_80_has_none_of_it() -> None:
-    for name, spills, launched, order, in_ptx in machine_code("sm_80", False):
+    for name, _, spills, launched, order, in_ptx in machine_code("sm_80", False):
         assert (launched, in_ptx, spills) == (False, False, 0), name
         assert not {"let", "wait", "prefetch"} & set(order)

@@ -21,6 +21,7 @@ MODEL = ModelConfig(vocab_size=97, context_length=150, embed_dim=64, n_heads=2, 
 
 SETUP = """
 import json, logging, sys
+from dataclasses import replace
 sys.path.insert(0, "tests")
 import numpy as np, torch
 from backend_driver import greedy
@@ -41,6 +42,9 @@ class OffLine(TritonBackend):
     devices = ("meta",)
     def _prepare(self, strict_jit):
         pass
+    @staticmethod
+    def _has_dependent_launch(device):
+        return True
 
 said = []
 class Said(logging.Handler):
@@ -64,16 +68,20 @@ def another_kernel():
 
 WARM = """
 with compiling_only("sm_90"):
-    made = make()
-    random = np.random.default_rng(0)
-    for _ in range(30):
-        counts = [int(n) for n in random.choice([1, 1, 1, 2, 16, 17, 40, 150], random.integers(1, 70))]
-        rows = len(counts)
-        made.submit(_batch(counts, _sampling(rows, float(random.integers(0, 2)))))
-    before = dict(made.jit.late)
+    before, random = {}, np.random.default_rng(0)
+    for dependent in (True, False):
+        made = make(dependent_launch=dependent)
+        for i in range(40):
+            most, lengths = ((4, [1, 1, 1, 2, 3]), (70, [1, 1, 1, 2, 16, 17, 40, 150]))[i % 2]
+            counts = [int(n) for n in random.choice(lengths, random.integers(1, most + 1))]
+            rows = len(counts)
+            drawn = _sampling(rows, float(random.integers(0, 2)))
+            drawn = replace(drawn, top_k=np.full(rows, random.integers(0, 2), np.int32))
+            made.submit(_batch(counts, drawn))
+        before |= made.jit.late
     another_kernel()
     for _ in range(3):
-        made.submit(_batch([1, 1], _sampling(2, 0.0)))
+        made.submit(_batch([1, 2], _sampling(2, 0.0)))  # no graph was captured of
 print(json.dumps({"before": before, "late": made.jit.late, "said": said}))
 """
 

@@ -40,8 +40,8 @@ class TritonBackend(Backend):
 
     Args:
         graphs: whether decode steps are captured and replayed (``triton_graphs``).
-        dependent_launch: whether a kernel fetches weights while the one before it ends (``kernels/dependent.py``);
-            for NVIDIA GPUs of compute capability 9.0 and later.
+        dependent_launch: whether, in steps of at most 4 tokens, a kernel fetches weights while the one before it ends
+            (``kernels/dependent.py``); for NVIDIA GPUs of compute capability 9.0 and later.
     """
 
     name: ClassVar[str] = "triton"

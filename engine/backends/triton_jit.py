@@ -21,7 +21,7 @@ _log = logging.getLogger("engine.triton")
 _watching: ContextVar["JitWatch | None"] = ContextVar("watching", default=None)
 
 ROWS = (257, 256, 64, 32, 16, 4)  # of a step: the most of each choice of tiles, and more than any
-HEAD_ROWS = (64, 32, 16)  # those of them at which the head's tiles change
+HEAD_ROWS = (64, 32, 16, 4)  # those of them at which the head's tiles change, or kernels start early
 PREFILL = 17  # tokens of one sequence from which attention takes its tiles for many queries
 
 

@@ -29,6 +29,7 @@ from engine.backends.triton_head import Head, device_options, sampling_arrays
 from engine.backends.triton_weights import PackedModel
 from engine.config import ModelConfig
 from kernels import attention, embedding, head_ranks, head_sample, linear, logits, sampling, tiles
+from kernels.launches import MOST_ROWS_DEPENDENT
 
 DRAWN_WORDS = 1 << 16  # int32 words at one address for what a step draws; a step that needs more gets its own
 
@@ -41,6 +42,7 @@ class Program:
     choice: tiles.AttentionTiles
     longest: int
     head: Head
+    dependent: bool  # kernels start while the one before ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class TritonStep:
         dtype: the storage type of weights, cache and activations.
         block_size: tokens in a block of the cache.
         graphs: whether decode steps are captured and replayed.
-        dependent: whether kernels start while the one before ends (``kernels/dependent.py``).
+        dependent: whether in steps of few rows kernels start while the one before ends (``kernels/dependent.py``).
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class TritonStep:
         for name, place in slot.arrays(layout).items():
             place[...] = arrays[name]
         slot.upload(layout, inputs)
-        program = Program(layout, choice, int(batch.context_lens.max()), head)
+        program = Program(layout, choice, int(batch.context_lens.max()), head, self._starts_early(len(batch.token_ids)))
         logits, packed = self._launch_first(program, inputs, None)
         return self._left(slot, head, len(batch.draw_rows), packed, logits)
 
@@ -149,10 +151,15 @@ class TritonStep:
             logits, packed = captured.logits, self._drawn
         else:
             choice = tiles.attention_tiles(model.head_dim, self._dtype.itemsize, 1)
-            logits, packed = self._launch_first(Program(layout, choice, longest, head), inputs, key)
+            program = Program(layout, choice, longest, head, self._starts_early(rows))
+            logits, packed = self._launch_first(program, inputs, key)
         if logits is not None and head.asked:
             logits = logits[: len(batch.logits_rows)].clone()  # the caller keeps them; the next step writes there again
         return self._left(slot, head, len(batch.draw_rows), packed, logits)
+
+    def _starts_early(self, rows: int) -> bool:
+        """Whether the kernels of a step of so many rows start while the one before ends."""
+        return self._dependent and rows <= MOST_ROWS_DEPENDENT
 
     def _left(
         self, slot: Slot, head: Head, draws: int, packed: torch.Tensor, logits: torch.Tensor | None
@@ -214,7 +221,7 @@ class TritonStep:
         before = self._drawn_before
 
         def launch() -> None:
-            self._outputs(self._layers(inputs, program, before), inputs, head, logits, drawn)
+            self._outputs(self._layers(inputs, program, before), inputs, program, logits, drawn)
 
         if key is not None and self.graphs is not None:
             before = self._drawn  # where a graph finds them; the step before left none that count elsewhere
@@ -255,18 +262,17 @@ class TritonStep:
         tok, eps, blocks = self.packed.tok_emb, model.norm_eps, self.packed.blocks
         embedding.embedding(
             inputs["token_ids"], inputs["previous_rows"], before, inputs["positions"], tok.data,
-            self.packed.pos_emb, x0, *blocks[0].norm1, normed, eps, self._dependent,
+            self.packed.pos_emb, x0, *blocks[0].norm1, normed, eps, program.dependent,
         )  # fmt: skip
         following = [block.norm1 for block in blocks[1:]] + [self.packed.final_norm]
         for layer, (block, next_norm) in enumerate(zip(blocks, following, strict=True)):
             k, v = self.cache[layer]
             cache = linear.KVCache(k, v, inputs["slots"])
-            run = partial(linear.linear, workspace=workspace, dependent=self._dependent)
+            run = partial(linear.linear, workspace=workspace, dependent=program.dependent)
             run(normed, *block.qkv, q, cache=cache)
             attention.attention(
                 q, k, v, inputs["block_tables"], inputs["query_tiles"], attended, attention_partials,
-                attention_counters, self._paging, model.attn_scales[layer], choice, longest,
-                self._dependent,
+                attention_counters, self._paging, model.attn_scales[layer], choice, longest, program.dependent,
             )  # fmt: skip
             run(attended, *block.proj, x1, residual=linear.Residual(x0, *block.norm2, normed, eps))
             run(normed, *block.fc, hidden, activation=model.activation)
@@ -289,20 +295,21 @@ class TritonStep:
         self,
         x: torch.Tensor,
         inputs: Mapping[str, torch.Tensor],
-        head: Head,
+        program: Program,
         y: torch.Tensor | None,
         packed: torch.Tensor,
     ) -> None:
         """Head on normalised rows x, and draws: logits ``y`` of the drawn rows first, then of the rows asked for."""
+        head = program.head
         if head.draws + head.asked == 0:
             return
         layout = DrawnLayout(head.draws, head.top)
         drawn = sampling.Drawn(**layout.split(packed[: layout.size]))
         if head.fused:
-            self._draw_fused(x, inputs, head, drawn)
+            self._draw_fused(x, inputs, program, drawn)
             return
         assert y is not None
-        logits.logits(x, self.packed.head, inputs["row_ids"], y, self._dependent)
+        logits.logits(x, self.packed.head, inputs["row_ids"], y, program.dependent)
         if head.draws:
             options = device_options(inputs)
             edited = options.output_counts is not None or options.logit_bias is not None
@@ -311,10 +318,10 @@ class TritonStep:
             sampling.sampling(y[: head.draws], options, drawn, scratch)
 
     def _draw_fused(
-        self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor], head: Head, drawn: "sampling.Drawn"
+        self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor], program: Program, drawn: "sampling.Drawn"
     ) -> None:
         """Draw without logits in memory; a second launch counts ranks and collects the top N where they are read."""
-        get = self._buffers.get
+        head, get = program.head, self._buffers.get
         floats, ids, counters = head_sample.HeadScratch.needed(head.draws, self._model.vocab_size, head.top)
         scratch = head_sample.HeadScratch(
             get("head_floats", (floats,), torch.float32),
@@ -322,6 +329,6 @@ class TritonStep:
             get("head_counters", (counters,), torch.int32),
         )
         matrix, row_ids, options = self.packed.head, inputs["row_ids"], device_options(inputs)
-        head_sample.head_sample(x, matrix, row_ids, options, drawn, scratch, head.ranks, self._dependent)
+        head_sample.head_sample(x, matrix, row_ids, options, drawn, scratch, head.ranks, program.dependent)
         if head.ranks:
             head_ranks.head_ranks(x, matrix, row_ids, drawn, scratch)
