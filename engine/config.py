@@ -77,9 +77,9 @@ class EngineConfig:
     Args:
         backend: "auto", or a backend that `python -m engine.doctor` lists.
         dtype: "auto", "float32", "bfloat16", "float16", "float64", "int8", "int4", "int4-g64" or "int4-g128", where the
-            backend has it.
+            backend has it. int8 and int4 are weights; activations are int8 too on a CPU, and bfloat16 on a GPU.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps", where the backend has it.
-        threads: CPU threads; None: as many as this process may use.
+        threads: CPU threads of the native or torch backend; None: as many as this process may use.
         max_model_len: longest sequence in tokens; None: the model's context length.
         max_num_seqs: sequences that run at the same time.
         max_num_batched_tokens: tokens that one step may run, over all sequences.

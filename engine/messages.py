@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MAX_LOGPROBS = 20  # top-N logprobs that a request may ask for
+GREEDY_BELOW = 1e-5  # a temperature: logits divided by much less would overflow, and who could be drawn would be chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of tokens generated so far.
         frequency_penalty: subtracted once per time the token was generated.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or generated.
-        temperature: divides the logits; 0 is greedy (the lowest id among equals).
+        temperature: divides the logits; 0 is greedy (the lowest id among equals), and what is below 1e-5 counts as 0.
         top_p: keep the smallest set of most probable tokens with at least this mass, in (0, 1].
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
         min_p: keep tokens at least this fraction as probable as the most probable one, in [0, 1].
@@ -74,6 +75,8 @@ class SamplingParams:
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", {int(i): float(bias) for i, bias in self.logit_bias.items()})
         self._check_numbers()
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")
         if not all(isinstance(i, int) and i >= 0 for i in self.stop_token_ids or ()):

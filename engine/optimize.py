@@ -48,7 +48,7 @@ def optimize(module: ModuleT, *, backend: str = "auto", threads: int | None = No
     Args:
         module: a live module of the course's or the book's shape.
         backend: "auto", or a backend's name.
-        threads: CPU threads, where the backend takes a number.
+        threads: CPU threads of the native or torch backend; None: as many as this process may use.
 
     Raises:
         ValueError: the module's structure is not one that is supported, a part of it computes something else than

@@ -27,7 +27,7 @@ from kernels.common import arrive, product, tree_sum
 from kernels.cost import Cost
 from kernels.dependent import let_next_start, wait_for_previous
 from kernels.linear import TRITON_TYPES
-from kernels.tiles import BLOCK_KV, AttentionTiles, cdiv, launch_options, next_power_of_2
+from kernels.tiles import AttentionTiles, cdiv, launch_options, next_power_of_2
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def attention(
         q, k, v, tables, tiles, out, partials, counters, splits, scale, q.stride(0), tables.stride(0), out.stride(0),
         HEADS=paging.heads, HEAD_DIM=paging.head_dim, BLOCK_SIZE=paging.block_size, SPLIT=paging.split,
         FUSED=choice.fused, DTYPE=TRITON_TYPES[q.dtype], BLOCK_Q=choice.block_q,
-        BLOCK_KV=BLOCK_KV, BLOCK_D=max(16, next_power_of_2(paging.head_dim)),
+        BLOCK_KV=choice.block_kv, BLOCK_D=max(16, next_power_of_2(paging.head_dim)),
         PDL=dependent, **launch_options(choice.num_warps, choice.num_stages, dependent),
     )  # fmt: skip
 

@@ -33,6 +33,12 @@ def tree_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(x, [ROWS])
 
 
+@triton.constexpr_function
+def unroll(width, chunk):
+    """How many steps of a walk over a row are unrolled: all of a narrow one, few of a wide one, which would spill."""
+    return (width + chunk - 1) // chunk if width <= 8 * chunk else 4
+
+
 @triton.jit
 def normalise_rows(
     x_ptr,  # [T, WIDTH]
@@ -52,12 +58,12 @@ def normalise_rows(
     columns = tl.arange(0, CHUNK)
     pointers = x_ptr + rows[:, None] * x_stride + columns[None, :]
     total = tl.zeros([ROWS, CHUNK], tl.float32)
-    for start in tl.static_range(0, WIDTH, CHUNK):
+    for start in tl.range(0, WIDTH, CHUNK, loop_unroll_factor=unroll(WIDTH, CHUNK)):
         mask = row_mask[:, None] & (start + columns < WIDTH)[None, :]
         total += tl.load(pointers + start, mask=mask, other=0.0).to(tl.float32)
     mean = tree_sum(total, ROWS, CHUNK) / WIDTH
     total = tl.zeros([ROWS, CHUNK], tl.float32)
-    for start in tl.static_range(0, WIDTH, CHUNK):
+    for start in tl.range(0, WIDTH, CHUNK, loop_unroll_factor=unroll(WIDTH, CHUNK)):
         mask = row_mask[:, None] & (start + columns < WIDTH)[None, :]
         x = tl.load(pointers + start, mask=mask, other=0.0).to(tl.float32)
         centred = tl.where(mask, x - mean[:, None], 0.0)

@@ -33,6 +33,7 @@ DTYPES = {  # name -> storage type, kind of weights
     "int8": ("bfloat16", "int8"),
     "int4": ("bfloat16", "int4"),
 }
+HEADS = "heads"  # in a model's place: attention with heads of other widths than GPT-2's
 DEPENDENT = ("sm_90", "sm_100", "sm_120")  # have dependent launch (kernels/dependent.py)
 
 
@@ -75,16 +76,19 @@ def compile_target(target: str, models: list[str], dtypes: list[str], fresh: boo
     """A manifest row for every specialisation, and kernel -> hash of its code; one target a process."""
     import torch
 
-    from kernels.launches import MODELS, all_launches
+    from kernels.launches import MODELS, all_launches, head_launches
     from kernels.offline import asked_by, compile_launches
+
+    def listed(model: str, storage: torch.dtype, kind: str) -> list["Launch"]:
+        if model == HEADS:
+            return head_launches(storage) if kind == "float" else []
+        return all_launches(MODELS[model], storage, kind, dependent=target in DEPENDENT)
 
     launches = [
         (model, dtype, launch)
         for model in models
         for dtype in dtypes
-        for launch in all_launches(
-            MODELS[model], getattr(torch, DTYPES[dtype][0]), DTYPES[dtype][1], dependent=target in DEPENDENT
-        )
+        for launch in listed(model, getattr(torch, DTYPES[dtype][0]), DTYPES[dtype][1])
     ]
     asked = asked_by(target, [launch.run for *_, launch in launches])
     hashes = {module: code_hash(module) for module in {one.module for one in asked}}
@@ -147,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         return parse
 
     parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.split("\n")[0])
-    for name, accepted in (("target", TARGETS), ("model", MODELS), ("dtype", DTYPES)):
+    for name, accepted in (("target", TARGETS), ("model", [*MODELS, HEADS]), ("dtype", DTYPES)):
         text = f"comma-separated: {', '.join(accepted)} (default: all)"
         parser.add_argument(f"--{name}s", type=listed(accepted, name), default=list(accepted), help=text)
     parser.add_argument("--output", type=Path, help="where the manifest goes; default: standard output")

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import normalise_rows
+from kernels.common import normalise_rows, unroll
 from kernels.cost import Cost
 from kernels.dependent import let_next_start, wait_for_previous
 from kernels.tiles import STAT_CHUNK, STAT_ROWS, cdiv, launch_options
@@ -50,7 +50,7 @@ def _embedding_tile(
     given = tl.load(token_ids_ptr + rows, mask=row_mask, other=0)
     ids = tl.where(previous >= 0, drawn, given).to(tl.int64)
     positions = tl.load(positions_ptr + rows, mask=row_mask, other=0).to(tl.int64)
-    for start in tl.static_range(0, WIDTH, CHUNK):
+    for start in tl.range(0, WIDTH, CHUNK, loop_unroll_factor=unroll(WIDTH, CHUNK)):
         columns = start + tl.arange(0, CHUNK)
         mask = row_mask[:, None] & (columns < WIDTH)[None, :]
         tok = tl.load(tok_ptr + ids[:, None] * tok_stride + columns[None, :], mask=mask, other=0.0)

@@ -36,6 +36,7 @@ MODELS = {
     "gpt2-large": ModelShape(50257, 1024, 1280, 20, 36, 5120),
     "gpt2-xl": ModelShape(50257, 1024, 1600, 25, 48, 6400),
 }
+HEAD_DIMS = (20, 80, 96, 128, 256)  # that models of the family have, besides the 64 of all of GPT-2's
 BLOCK_SIZE = 16  # tokens of a cache block
 CACHE_BLOCKS = 4096  # of a layer's cache
 TILE_EDGES = (1, 4, 5, 16, 17, 32, 33, 64, 65, 256)  # rows at which a launcher's choice of tiles may change
@@ -287,9 +288,7 @@ def head_sample_launches(
         return _head_sample(shape, draws, dtype, kind)[:1]
 
 
-def all_launches(
-    shape: ModelShape, dtype: torch.dtype, kind: str = "float", dependent: bool = False
-) -> list[Launch]:
+def all_launches(shape: ModelShape, dtype: torch.dtype, kind: str = "float", dependent: bool = False) -> list[Launch]:
     """A launch of every specialisation that decoding 1 to 256 sequences and prefilling any prompt asks for.
 
     With ``dependent``, those too that a step of up to ``MOST_ROWS_DEPENDENT`` rows asks for where kernels start early.
@@ -304,8 +303,7 @@ def all_launches(
         for length in (17, 257, 512):
             found += _step_launches(shape, [(0, length)], dtype, kind)
         found += [_sampling(shape, 1, *edits) for edits in product((False, True), repeat=2)]
-        # Compiled for AMD, a pointer into more than 2 GiB is another type: that is what a cache on a GPU is.
-        blocks = 2**31 // (BLOCK_SIZE * shape.width * dtype.itemsize) + 1
+        blocks = _large_cache(shape, dtype)
         for rows in TILE_EDGES:
             found += _linears(shape, rows, dtype, kind, blocks)[:1]
         found += [_attention(shape, [(100, count)], dtype, blocks) for count in (1, 17)]
@@ -313,6 +311,22 @@ def all_launches(
         cost = layer_norm.cost(8, shape.width, dtype.itemsize, False)
         found.append(Launch("layer_norm", 0, 8, lambda: layer_norm.layer_norm(x, w, w, x, 1e-5), cost))
     return found
+
+
+def head_launches(dtype: torch.dtype) -> list[Launch]:
+    """Attention with heads of ``HEAD_DIMS``, as a decode step and a prompt ask for it."""
+    found = []
+    with torch.device("meta"):
+        for head_dim in HEAD_DIMS:
+            shape = ModelShape(50257, 1024, 12 * head_dim, 12, 12, 48 * head_dim)
+            for count, blocks in product((1, 17), (CACHE_BLOCKS, _large_cache(shape, dtype))):
+                found.append(_attention(shape, [(100, count)], dtype, blocks))
+    return found
+
+
+def _large_cache(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Blocks of more than 2 GiB: compiled for AMD a pointer into them is another type, and a cache on a GPU is that."""
+    return 2**31 // (BLOCK_SIZE * shape.width * dtype.itemsize) + 1
 
 
 def step_bytes(launches: Sequence[Launch]) -> int:

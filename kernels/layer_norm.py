@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import normalise_rows
+from kernels.common import normalise_rows, unroll
 from kernels.cost import Cost
 from kernels.tiles import STAT_CHUNK, STAT_ROWS, cdiv, launch_options
 
@@ -37,7 +37,7 @@ def _layer_norm_tile(
     rows = pid * ROWS + tl.arange(0, ROWS).to(tl.int64)
     row_mask = rows < num_rows
     if HAS_RESIDUAL:
-        for start in tl.static_range(0, WIDTH, CHUNK):
+        for start in tl.range(0, WIDTH, CHUNK, loop_unroll_factor=unroll(WIDTH, CHUNK)):
             columns = start + tl.arange(0, CHUNK)
             mask = row_mask[:, None] & (columns < WIDTH)[None, :]
             x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)

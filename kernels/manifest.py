@@ -12,6 +12,7 @@ the machine code for sm_90 is like, by the manifest.
 import ast
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def code_hash(module: str) -> str:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels."):
                 visit(str(node.module).removeprefix("kernels."))
-            is_jit = isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+            is_jit = isinstance(node, ast.FunctionDef) and any(
+                re.search("jit|constexpr_function", ast.unparse(d)) for d in node.decorator_list
+            )
             if is_jit and ast.get_docstring(node) is not None:
                 del node.body[0]  # type: ignore[attr-defined]
             if is_jit or isinstance(node, ast.Assign):

@@ -52,7 +52,8 @@ class Report:
     """What one specialisation became. ``spills`` and ``shared`` are bytes.
 
     ``occupancy`` is the share of a multiprocessor's threads that fit at once, ``wide_share`` of the bytes that global
-    loads fetch what comes 128 bits at a time, ``family`` the kind of tensor-core instruction, ``layout`` how warps are
+    loads fetch what comes 128 bits at a time, ``copied`` the bytes that the asynchronous copies in the code bring to
+    shared memory when each runs once (NVIDIA), ``family`` the kind of tensor-core instruction, ``layout`` how warps are
     laid over a product's tile and, after "of", that instruction's shape.
     """
 
@@ -63,6 +64,7 @@ class Report:
     shared: int
     occupancy: float
     wide_share: float
+    copied: int
     family: str
     layout: str
 
@@ -248,15 +250,20 @@ def disassemble(target: str, codes: list[bytes]) -> list[str]:
     return ["\n".join(lines[first:last]) for first, last in pairwise([0, *ends])]
 
 
-def _wide_share(text: str) -> float:
-    """Of the bytes that the loads in the code fetch for a thread, the share that comes 128 bits at a time.
+def _loads(text: str) -> tuple[float, int]:
+    """Of the bytes that the loads in the code fetch for a thread: the share that comes 128 bits at a time, and how many
+    are copied to shared memory asynchronously.
 
-    Where there are asynchronous copies to shared memory, those alone count: weights and K and V come by them.
+    Where there are such copies, those alone count for the share: weights and K and V come by them.
     """
-    loads = LOAD.findall(text)
-    copies = [found for found in loads if found[0] == "LDGSTS"]
-    sizes = [next((n for mark, n in WIDTHS.items() if mark in "".join(found[1:])), 4) for found in copies or loads]
-    return sum(size for size in sizes if size == 16) / max(1, sum(sizes))
+    loads = [
+        (found[0] == "LDGSTS", next((n for mark, n in WIDTHS.items() if mark in "".join(found[1:])), 4))
+        for found in LOAD.findall(text)
+    ]
+    copies = [size for is_copy, size in loads if is_copy]
+    counted = copies or [size for _, size in loads]
+    wide = sum(size for size in counted if size == 16) / max(1, sum(counted))
+    return wide, sum(copies)
 
 
 def _layout(ttgir: str) -> str:
@@ -273,6 +280,7 @@ def examine(target: str, compiled: Compiled, text: str) -> Report:
     threads = compiled.num_warps * TARGETS[target][2]
     by_registers = REGISTERS[target] // max(1, compiled.registers * threads)
     by_shared = SHARED_LIMIT[target] * 1024 // max(1, compiled.shared)
+    wide, copied = _loads(text)
     found = [family for family, pattern in FAMILIES.items() if re.search(pattern, text)]
     return Report(
         num_warps=compiled.num_warps,
@@ -281,7 +289,8 @@ def examine(target: str, compiled: Compiled, text: str) -> Report:
         spills=compiled.spills,
         shared=compiled.shared,
         occupancy=round(min(1.0, min(by_registers, by_shared) * threads / THREADS[target]), 3),
-        wide_share=round(_wide_share(text), 3),
+        wide_share=round(wide, 3),
+        copied=copied * threads,
         family="+".join(found) or "none",
         layout=compiled.layout,
     )

@@ -12,7 +12,8 @@ BLOCK_N = 64  # outputs of a linear tile: the M side of the tensor core, 64 so t
 MIN_ROWS = 16  # of a linear tile: with 8, Triton 3.7.1 falls back from wgmma to mma.sync on sm_90
 BLOCK_K = 64  # depth that K splits are made of, and of one step of a linear
 BLOCK_K_FLOAT32 = 32  # of one step in float32: with 64, sm_80 spills
-BLOCK_KV = 64  # keys of one step of attention
+BLOCK_KV = 64  # keys of one step of attention, where they are narrow
+KEY_BYTES = 16384  # of one step, at most: two steps of keys and of values fit the shared memory of every target
 MOST_ROWS_NORMALISED = {"float": 64, "int8": 32, "int4": 16}  # by one program of a linear; with more, sm_80 spills
 STAT_ROWS = 8  # rows that a stand-alone LayerNorm, or the embedding, does at a time
 STAT_CHUNK = 256  # columns that are added elementwise before the tree
@@ -108,6 +109,7 @@ class AttentionTiles:
     """How attention is cut. ``fused`` programs walk all KV splits themselves."""
 
     block_q: int
+    block_kv: int
     fused: bool
     num_warps: int
     num_stages: int
@@ -119,11 +121,12 @@ def attention_tiles(head_dim: int, element_size: int, most_queries: int) -> Atte
     Below 64 rows every NVIDIA target stays on ``mma.sync``; the warps are the fewest with which nothing spills.
     """
     many = most_queries > 16
+    block_kv = min(BLOCK_KV, KEY_BYTES // (next_power_of_2(head_dim) * element_size))
     if element_size == 4:
-        return AttentionTiles(16, many, 8 if many else 4, 2)
+        return AttentionTiles(16, block_kv, many, 8 if many or head_dim > 128 else 4, 2)
     if many:
-        return AttentionTiles(32, True, 8, 2)
-    return AttentionTiles(16, False, 2 if head_dim <= 128 else 4, 2)
+        return AttentionTiles(32, block_kv, True, 8, 2)
+    return AttentionTiles(16, block_kv, False, 2 if head_dim <= 128 else 8, 2)
 
 
 def vocab_groups(vocab_size: int) -> int:

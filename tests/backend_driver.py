@@ -28,6 +28,17 @@ def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]
     return weights
 
 
+def quantised(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The canonical weights that the triton backend computes with where those of linears and head are int8 or int4."""
+    from kernels.weights import pack, unpack
+
+    def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
+        stays = weight.dim() == 1 or name.endswith("_emb") or kind == "float"
+        return weight if stays else unpack(pack(weight, torch.bfloat16, kind))
+
+    return {name: rounded(name, weight) for name, weight in weights.items()}
+
+
 def tokens(count: int, seed: int = 0, vocab_size: int = 97) -> list[int]:
     """Random token ids."""
     return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()

@@ -28,7 +28,7 @@ def test_conformance(tmp_path: Path) -> None:
     code, report = run(tmp_path, "conformance")
     assert code == 0
     assert {name.rpartition(" ")[2] for name in report["conformance"]} == {
-        "float32", "float16", "bfloat16", "small", "rows",
+        "float32", "float16", "bfloat16", "int8", "int4", "small", "rows",
     }  # fmt: skip
     assert report["versions"]["device"] == "CPU"
 

@@ -127,10 +127,12 @@ def test_mixed_batch(heads: int, head_dim: int, block_size: int, many: bool, dty
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
-@pytest.mark.parametrize("split", [64, 128])
-def test_a_position_has_the_same_bits_prefilled_chunked_and_decoded(split: int, dtype: torch.dtype) -> None:
-    """With splits of one and of two steps of BLOCK_KV keys."""
-    case = make([150], paging(1, 20, split=split), dtype)
+@pytest.mark.parametrize(("split", "head_dim"), [(64, 20), (128, 20), (64, 256)])
+def test_a_position_has_the_same_bits_prefilled_chunked_and_decoded(
+    split: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """With splits of one and of two steps of 64 keys, and of the shorter steps of wide heads."""
+    case = make([150], paging(1, head_dim, split=split), dtype)
     whole = Launch(case, [(0, 0, 150)], many=True).run()
     for first, last, many in ((0, 150, False), (0, 70, True), (70, 150, True), (90, 99, False), (99, 120, True)):
         assert harness.same_bits(Launch(case, [(0, first, last)], many).run(), whole[first:last])

@@ -142,7 +142,7 @@ from kernels import offline
 target, dependent = "TARGET", TARGET_HAS_IT
 model = ModelConfig(50257, 1024, 768, 12, 1, 3072)
 weights = {n: torch.empty(s, device="meta") for n, s in canonical_shapes(model).items()}
-packed = pack_model(model, weights, torch.bfloat16, torch.device("meta"))
+packed = pack_model(model, weights, "bfloat16", torch.device("meta"))
 step = TritonStep(model, packed, torch.bfloat16, 16, graphs=False, dependent=dependent)
 step.allocate(4096)
 seen = {}

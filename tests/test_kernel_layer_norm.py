@@ -16,7 +16,8 @@ EPS = 1e-5
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "width"), [(1, 1), pytest.param(3, 37, marks=pytest.mark.versions), (9, 768), (2, 1023), (1, 8191)]
+    ("rows", "width"),
+    [(1, 1), pytest.param(3, 37, marks=pytest.mark.versions), (9, 768), (2, 1023), (1, 3000), (1, 8192)],
 )
 def test_layer_norm(rows: int, width: int, has_residual: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(width)

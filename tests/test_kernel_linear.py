@@ -187,12 +187,15 @@ def test_packing_rounds_to_the_nearest_step(kind: str, worst: float) -> None:
     assert error.max() <= worst * weight.abs().max() * 1.01
 
 
-@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [*((dtype, "float") for dtype in harness.DTYPES), (torch.bfloat16, "int8"), (torch.float16, "int4")],
+)
 @pytest.mark.parametrize("k", [pytest.param(200, marks=pytest.mark.versions), 512])
-def test_a_row_has_the_same_bits_in_any_batch(k: int, dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(k: int, dtype: torch.dtype, kind: str) -> None:
     """1, 8 and 16 rows split K over programs; 30, 64 and 80 rows walk the splits inside one."""
     n, total = 96, 80
-    case = make(total, n, k, dtype)
+    case = make(total, n, k, dtype, kind)
     assert tiles.split_k(n, k)[0] == tiles.cdiv(k, tiles.MIN_BLOCKS_PER_SPLIT * tiles.BLOCK_K)
     whole = torch.empty(total, n, dtype=dtype)
     linear(case.x, case.weights, case.bias, whole, workspace(total, n, k, dtype), activation="gelu_tanh")
@@ -203,12 +206,13 @@ def test_a_row_has_the_same_bits_in_any_batch(k: int, dtype: torch.dtype) -> Non
         assert harness.same_bits(y, whole[first : first + rows])
 
 
-def test_a_normalised_row_has_the_same_bits_in_any_batch() -> None:
-    """Row blocks of 16 and of 64 rows, and one that is not full; with 4 rows or fewer, 4 are normalised at a time."""
+@pytest.mark.parametrize(("kind", "most"), [("float", 64), ("int8", 32), ("int4", 16)])
+def test_a_normalised_row_has_the_same_bits_in_any_batch(kind: str, most: int) -> None:
+    """Row blocks of 16 and of more rows, and one that is not full; with 4 rows or fewer, 4 are normalised at a time."""
     n, k, total, dtype = 600, 130, 300, torch.bfloat16
-    case, old = make(total, n, k, dtype), torch.randn(total, n)
+    case, old = make(total, n, k, dtype, kind), torch.randn(total, n)
     whole, parts = torch.empty(2, total, n), torch.empty(2, total, n)
-    assert [tiles.linear_tiles(rows, n, k, 2, True).block_t for rows in (5, 64, total)] == [16, 16, 64]
+    assert [tiles.linear_tiles(rows, n, k, 2, True, kind).block_t for rows in (5, 64, total)] == [16, 16, most]
     for target, steps in ((whole, [total]), (parts, [5, 64, 1, 2, 228])):
         first = 0
         for rows in steps:

@@ -276,6 +276,14 @@ def test_slide_is_nanogpts_loop(module: GPTModel, caplog: pytest.LogCaptureFixtu
     assert sum("whole prefill" in record.message for record in caplog.records) == 1
 
 
+def test_a_temperature_that_would_overflow_is_greedy(llm: LLM) -> None:
+    """Logits over 1e-38 are infinite, and which of the infinite ones is drawn would be each backend's own."""
+    assert SamplingParams(temperature=1e-38) == SamplingParams(temperature=0.0)
+    assert SamplingParams(temperature=1e-5).temperature == 1e-5
+    cold = dataclasses.replace(GREEDY, temperature=1e-38, top_p=0.9, seed=1)
+    assert llm.generate("abc", cold)[0].outputs == llm.generate("abc", GREEDY)[0].outputs
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

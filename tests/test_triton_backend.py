@@ -3,21 +3,27 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import kernel_harness as harness
 import numpy as np
 import pytest
 import torch
-from backend_driver import BLOCK, Driver, Running, greedy, random_weights, tokens
+from backend_driver import BLOCK, Driver, Running, greedy, quantised, random_weights, tokens
+from precision import BUDGET, TEXT, costs
 
+from engine import LLM, optimize
 from engine.backends import registry
 from engine.backends.base import Batch
 from engine.backends.torch_backend import TorchBackend
 from engine.backends.triton_backend import TritonBackend, TritonInterpretBackend
 from engine.checkpoints.canonical import to_reference
+from engine.checkpoints.load import load_checkpoint
 from engine.config import ModelConfig
+from engine.llm import DEMO_MODEL
 from engine.reference import GPTModel, generate_greedy
+from engine.text.load import load_tokenizer
 from kernels import tiles
 
 MODEL = ModelConfig(vocab_size=97, context_length=150, embed_dim=80, n_heads=4, n_layers=2, hidden_dim=130)
@@ -146,6 +152,55 @@ def test_lower_precision_is_as_good_as_pytorch_s(dtype: str) -> None:
     harness.assert_as_good_as_torch(ours, oracle(ids), Driver(made).in_chunks(ids, [40, 59]))
 
 
+def as_good_as_torch_on(made: TritonInterpretBackend, stored: dict[str, torch.Tensor], model: ModelConfig) -> None:
+    """Logits as near to float64's with these weights as those of the torch backend in bfloat16 are."""
+    ids = tokens(60)
+    theirs = TorchBackend(model, stored, dtype="bfloat16", device="cpu", block_size=BLOCK)
+    theirs.allocate(60)
+    with torch.no_grad():
+        exact = to_reference(model, stored).double()(torch.tensor([ids]))[0]
+    ours, theirs_logits = (Driver(one).in_chunks(ids, [40, 59]) for one in (made, theirs))
+    harness.assert_as_good_as_torch(ours, exact, theirs_logits)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("int8", "int8"), ("int4", "int4"), ("int4-g64", "int4")])
+def test_quantised_weights_are_as_good_as_pytorch_s_in_bfloat16(dtype: str, kind: str) -> None:
+    made, sixteen = backend(dtype=dtype).capacity(), backend(dtype="bfloat16").capacity()
+    as_good_as_torch_on(backend(dtype=dtype), quantised(random_weights(MODEL), kind), MODEL)
+    tables = 2 * (MODEL.vocab_size + MODEL.context_length) * MODEL.embed_dim
+    share = (made.weight_bytes - tables) / (sixteen.weight_bytes - tables)
+    assert share < {"int8": 0.65, "int4": 0.62}[kind]  # rows of 80 and 130 weights are padded to 128 and 256
+    assert made.bytes_per_block == sixteen.bytes_per_block
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_quantised_weights_cost(kind: str) -> None:
+    """On the demo model, by PyTorch in float32 with the weights that the kernels multiply with."""
+    checkpoint = load_checkpoint(DEMO_MODEL)
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size, checkpoint.eos_token_id, None)
+    assert tokenizer is not None
+    ids = list(tokenizer.encode(TEXT))[: checkpoint.config.context_length]
+    untied = replace(checkpoint.config, tied_head=False)
+    with torch.no_grad():
+        exact, got = (
+            torch.log_softmax(to_reference(untied, weights)(torch.tensor([ids]))[0].double(), dim=1)
+            for weights in (checkpoint.weights, quantised(dict(checkpoint.weights), kind))
+        )
+    divergence, likelihood = costs(got, (exact, ids))
+    assert 0 < divergence <= BUDGET[kind][0]
+    assert likelihood <= BUDGET[kind][1]
+
+
+def test_a_quantised_head_that_is_tied() -> None:
+    """The embedding stays as it is; after new weights the head is quantised anew."""
+    tied, untied = (ModelConfig(97, 150, 80, 4, 1, 130, tied_head=tied) for tied in (True, False))
+    made = TritonInterpretBackend(tied, random_weights(tied, 1), dtype="int8", device="cpu", block_size=BLOCK)
+    made.allocate(60)
+    weights = random_weights(tied)
+    made.update_weights(weights)
+    as_good_as_torch_on(made, quantised({**weights, "head": weights["tok_emb"].clone()}, "int8"), untied)
+
+
 @pytest.mark.slow
 def test_blocks_are_copied_before_anything_is_written() -> None:
     """A copy of a sequence's blocks continues as the sequence does, and leaves it alone."""
@@ -251,6 +306,15 @@ def test_triton_without_a_gpu_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"needs a GPU.*'torch'.*'triton-interpret'"):
         TritonBackend(MODEL, random_weights(MODEL), dtype=choice.dtype, device=choice.device, block_size=BLOCK)
     assert registry.choose("triton-interpret").device == "cpu"
+    for ask in (lambda: LLM(backend="triton", device="cpu"), lambda: optimize(reference(), backend="triton")):
+        with pytest.raises(ValueError, match=r"needs a GPU.*'torch'.*'triton-interpret'"):
+            ask()
+
+
+@pytest.mark.parametrize("adapter", [TritonBackend, TritonInterpretBackend])
+def test_a_number_of_threads_is_refused(adapter: Any) -> None:
+    with pytest.raises(ValueError, match=rf"the {adapter.name} backend has no number of CPU threads, got threads=3"):
+        adapter(MODEL, random_weights(MODEL), dtype="float32", device="cpu", block_size=BLOCK, threads=3)
 
 
 def test_interpreting_after_triton_was_imported_compiled_is_refused() -> None:

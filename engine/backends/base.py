@@ -132,7 +132,7 @@ class Backend(ABC):
         dtype: what weights and KV cache are stored in; one of the class's ``dtypes``.
         device: where to run; one of the kinds in the class's ``devices``.
         block_size: tokens in a block of the KV cache.
-        threads: CPU threads, where that means something; None is as many as the process may use.
+        threads: CPU threads, for the backends that compute with them; None is as many as the process may use.
         memory_fraction: share of the device's memory that weights and KV cache may take.
         strict_jit: raise where a step would compile a kernel after warm-up; for backends that compile while they run.
         screen_head: draw ``token_only`` rows with the help of a quantised head: the same tokens, a less exact logprob.

@@ -29,6 +29,12 @@ def check_no_screen_head(screen_head: bool, owner: str) -> None:
         raise ValueError(f"the {owner} backend has no screen_head=True, the native one has; it accepts False")
 
 
+def check_no_threads(threads: int | None, owner: str) -> None:
+    """Refuse a number of threads where the work is not done by CPU threads."""
+    if threads is not None:
+        raise ValueError(f"the {owner} backend has no number of CPU threads, got threads={threads}; it accepts None")
+
+
 def check_batch(batch: Batch, model: ModelConfig, num_blocks: int, block_size: int, num_drawn: int) -> None:
     """Refuse a batch that is empty or points outside of the model, the KV cache, itself or the step before.
 

@@ -2,6 +2,9 @@
 
 A row's bits are the same in any batch and any chunking. The residual stream, statistics, softmax, accumulation and
 logits are in float32 whatever the storage type.
+
+"int8" (W8A16: 8-bit weights of linears and head with a scale per output) and "int4" (W4A16: 4 bits, a scale for every
+64 weights of an output; "int4-g64" is another name) multiply in bfloat16, in which everything else is stored.
 """
 
 import logging
@@ -17,7 +20,14 @@ import numpy.typing as npt
 import torch
 
 from engine.backends.base import Backend, Batch, Capacity, StepOutput
-from engine.backends.checks import check_batch, check_choice, check_no_screen_head, check_no_strict_jit, free_memory
+from engine.backends.checks import (
+    check_batch,
+    check_choice,
+    check_no_screen_head,
+    check_no_strict_jit,
+    check_no_threads,
+    free_memory,
+)
 from engine.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -45,7 +55,7 @@ class TritonBackend(Backend):
     """
 
     name: ClassVar[str] = "triton"
-    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
+    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32", "int8", "int4", "int4-g64")
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     batch_invariant: ClassVar[bool] = True
 
@@ -65,11 +75,12 @@ class TritonBackend(Backend):
         dependent_launch: bool = False,
     ) -> None:
         check_choice("dtype", dtype, self.dtypes, self.name)
-        check_choice("device", device.partition(":")[0], self.devices, self.name)
         if (reason := self.refuses(model)) is not None:
             raise ValueError(reason)
         check_no_screen_head(screen_head, self.name)
+        check_no_threads(threads, self.name)
         self._prepare(strict_jit)
+        check_choice("device", device.partition(":")[0], self.devices, self.name)
         if dependent_launch and not self._has_dependent_launch(torch.device(device)):
             raise ValueError(
                 f"dependent_launch needs an NVIDIA GPU of compute capability 9.0 or later, which {device} is not"
@@ -78,12 +89,12 @@ class TritonBackend(Backend):
 
         self._model = model
         self._device = torch.device(device)
-        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._dtype, self._storage = dtype, triton_weights.STORAGE[dtype][0]
         self._block_size = block_size
         self._memory_fraction = memory_fraction
         self._dependent_launch = dependent_launch
-        packed = triton_weights.pack_model(model, weights, self._dtype, self._device)
-        self._step = triton_step.TritonStep(model, packed, self._dtype, block_size, graphs, dependent_launch)
+        packed = triton_weights.pack_model(model, weights, dtype, self._device)
+        self._step = triton_step.TritonStep(model, packed, self._storage, block_size, graphs, dependent_launch)
         self.jit = triton_jit.JitWatch(strict_jit)
 
     @classmethod
@@ -125,7 +136,7 @@ class TritonBackend(Backend):
     def capacity(self) -> Capacity:
         from engine.backends import triton_weights
 
-        item = self._dtype.itemsize
+        item = self._storage.itemsize
         per_block = 2 * self._model.n_layers * self._block_size * self._model.embed_dim * item
         free = free_memory(self._device, self._memory_fraction)
         return Capacity(triton_weights.packed_bytes(self._step.packed), per_block, free)
@@ -142,8 +153,8 @@ class TritonBackend(Backend):
             return
         _log.info("warming up: the first start of a model on a machine compiles its kernels; Triton keeps them")
         started = time.monotonic()
-        dtype = str(self._dtype).removeprefix("torch.")
-        triton_compile.compile_ahead(self._model, dtype, self._block_size, self._dependent_launch, self._device)
+        model, device = self._model, self._device
+        triton_compile.compile_ahead(model, self._dtype, self._block_size, self._dependent_launch, device)
         triton_jit.warm_up(self.submit, self._model)
         self.jit.warm = True
         _log.info("warm after %.1f s", time.monotonic() - started)
@@ -178,7 +189,7 @@ class TritonInterpretBackend(TritonBackend):
     """The same kernels through Triton's corrected interpreter (``kernels/interpreter.py``): on a CPU, slowly."""
 
     name: ClassVar[str] = "triton-interpret"
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16", "int8", "int4", "int4-g64")
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
     def _prepare(self, strict_jit: bool) -> None:

@@ -39,8 +39,8 @@ def launch_warm_up(model: ModelConfig, dtype: str, block_size: int, dependent: b
     weights = {name: torch.empty(shape, device="meta") for name, shape in canonical_shapes(model).items()}
     if model.tied_head:
         weights["head"] = weights["tok_emb"]
-    storage: torch.dtype = getattr(torch, dtype)
-    packed = triton_weights.pack_model(model, weights, storage, torch.device("meta"))
+    packed = triton_weights.pack_model(model, weights, dtype, torch.device("meta"))
+    storage = triton_weights.STORAGE[dtype][0]
     step = triton_step.TritonStep(model, packed, storage, block_size, graphs=False, dependent=dependent)
     step.allocate(BLOCKS)
     with torch.inference_mode():

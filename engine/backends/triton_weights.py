@@ -8,6 +8,16 @@ import torch
 from engine.config import ModelConfig
 from kernels import weights
 
+STORAGE = {
+    "float32": (torch.float32, "float"),
+    "bfloat16": (torch.bfloat16, "float"),
+    "float16": (torch.float16, "float"),
+    "int8": (torch.bfloat16, "int8"),
+    "int4": (torch.bfloat16, "int4"),
+    "int4-g64": (torch.bfloat16, "int4"),
+}
+"""dtype -> storage type of activations, cache and embeddings; kind of the linears' and the head's weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -23,7 +33,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class PackedModel:
-    """All weights on the device, in the storage type."""
+    """All weights on the device. Those of linears and head may be quantised, the others are in the storage type."""
 
     tok_emb: weights.Weights
     pos_emb: torch.Tensor
@@ -33,15 +43,19 @@ class PackedModel:
 
 
 def pack_model(
-    model: ModelConfig, canonical: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    model: ModelConfig, canonical: Mapping[str, torch.Tensor], dtype: str, device: torch.device
 ) -> PackedModel:
-    """Copy canonical weights to the device in the kernels' layout; a tied head is the embedding's very tensor."""
+    """Copy canonical weights to the device in the kernels' layout, ``dtype`` one of ``STORAGE``.
+
+    A tied head is the embedding's very tensor, unless the head is quantised.
+    """
+    storage, kind = STORAGE[dtype]
 
     def vector(name: str) -> torch.Tensor:
-        return canonical[name].detach().to(device, dtype, copy=True).contiguous()
+        return canonical[name].detach().to(device, storage, copy=True).contiguous()
 
-    def matrix(name: str) -> weights.Weights:
-        return weights.pack(canonical[name].detach().to(device), dtype)
+    def matrix(name: str, kind: str = kind) -> weights.Weights:
+        return weights.pack(canonical[name].detach().to(device), storage, kind)
 
     def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return vector(f"{name}.weight"), vector(f"{name}.bias")
@@ -49,7 +63,7 @@ def pack_model(
     def affine(name: str) -> tuple[weights.Weights, torch.Tensor]:
         return matrix(f"{name}.weight"), vector(f"{name}.bias")
 
-    tok_emb = matrix("tok_emb")
+    tok_emb = matrix("tok_emb", "float")
     blocks = tuple(
         Block(
             norm(f"blocks.{i}.norm1"),
@@ -61,7 +75,7 @@ def pack_model(
         )
         for i in range(model.n_layers)
     )
-    head = tok_emb if model.tied_head else matrix("head")
+    head = tok_emb if model.tied_head and kind == "float" else matrix("head")
     return PackedModel(tok_emb, vector("pos_emb"), blocks, norm("final_norm"), head)
 
 
@@ -73,7 +87,7 @@ def packed_bytes(model: PackedModel) -> int:
         if isinstance(value, torch.Tensor):
             found[value.data_ptr()] = value.nbytes
         elif isinstance(value, weights.Weights):
-            visit(value.data)
+            visit((value.data, value.scales))
         elif isinstance(value, tuple):
             for part in value:
                 visit(part)

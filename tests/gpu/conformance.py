@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from backend_driver import greedy, random_weights, tokens
+from backend_driver import greedy, quantised, random_weights, tokens
 
 from engine.backends.torch_backend import TorchBackend
+from engine.backends.triton_weights import STORAGE
 from engine.checkpoints.canonical import to_reference
 from engine.config import ModelConfig
 from gpu.machine import HALF, SMALL, Case, Machine, float32_products
@@ -25,7 +26,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     """Models in every dtype; linears with int8 and int4 weights; compute-sanitizer where there is one."""
     models = {"small": SMALL} if machine.tiny else {"small": SMALL, "gpt2 with 2 layers": HALF}
     for name, model in models.items():
-        for dtype in machine.adapter.dtypes:
+        for dtype in machine.dtypes:
             yield f"logits of {name} in {dtype}", lambda m=model, d=dtype: _logits(machine, m, d)
         yield f"draws of {name}", lambda m=model: _draws(machine, m)
     for kind in ("float", "int8", "int4"):
@@ -38,14 +39,20 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 
 def _logits(machine: Machine, model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """float32 within 1e-4 of float64; 16 bits at most twice as far as plain PyTorch's."""
-    ids = tokens(100 if machine.tiny else 140, vocab_size=model.vocab_size)
+    """float32 within 1e-4 of float64; others at most twice as far as plain PyTorch's, of weights as they are stored."""
+    storage, kind = STORAGE[dtype]
+    ids, weights = tokens(100 if machine.tiny else 140, vocab_size=model.vocab_size), random_weights(model)
+    stored = quantised(weights, kind)
     with torch.no_grad():
-        oracle = to_reference(model, random_weights(model)).double()(torch.tensor([ids]))[0]
+        oracle = to_reference(model, stored).double()(torch.tensor([ids]))[0]
+    theirs_in = str(storage).removeprefix("torch.")
     with float32_products():
         errors = [
-            (machine.driver(model, dtype, 60, adapter).in_chunks(ids, [40, 41]).cpu().double() - oracle).abs().max()
-            for adapter in (None, TorchBackend)
+            (driver.in_chunks(ids, [40, 41]).cpu().double() - oracle).abs().max()
+            for driver in (
+                machine.with_weights(weights, model, dtype, 60),
+                machine.with_weights(stored, model, theirs_in, 60, TorchBackend),
+            )
         ]
     ours, theirs = (error.item() for error in errors)
     limit = 1e-4 if dtype == "float32" else 2 * theirs

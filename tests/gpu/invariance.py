@@ -16,13 +16,13 @@ def cases(machine: Machine) -> Iterator[Case]:
     """Batch invariance in every dtype; captured steps against the same launches one by one."""
     models = {"small": SMALL} if machine.tiny else {"small": SMALL, "gpt2 with 2 layers": HALF}
     for name, model in models.items():
-        for dtype in machine.adapter.dtypes:
+        for dtype in machine.dtypes:
             yield f"rows of {name} in {dtype}", lambda m=model, d=dtype: _rows(machine, m, d)
     ways = {"graphs": {"graphs": True}}
     if machine.has_dependent_launch:
         ways["dependent launch"] = {"graphs": False, "dependent_launch": True}
         ways["dependent launch in graphs"] = {"graphs": True, "dependent_launch": True}
-    for dtype in ("float32",) if machine.tiny else machine.adapter.dtypes:
+    for dtype in ("float32",) if machine.tiny else machine.dtypes:
         for way, options in ways.items():
             yield f"{way} = eager in {dtype}", lambda d=dtype, o=options: _alike(machine, d, o)
 

@@ -48,6 +48,11 @@ class Machine:
         return bool(self.device == "cuda")
 
     @property
+    def dtypes(self) -> list[str]:
+        """The dtypes of the backend, each under one name."""
+        return [dtype for dtype in self.adapter.dtypes if dtype != "int4-g64"]
+
+    @property
     def has_dependent_launch(self) -> bool:
         """Whether the device can start a kernel while the one before it ends."""
         return self.on_gpu and bool(self.adapter._has_dependent_launch(torch.device(self.device)))

@@ -9,7 +9,7 @@ from engine.backends import triton_compile
 from engine.config import ModelConfig
 
 BLOCK_SIZE = 16
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "int8", "int4")
 
 
 def asked(parts: Sequence[str]) -> Iterator[tuple[ModelConfig, str, bool]]:
