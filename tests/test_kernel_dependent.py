@@ -100,9 +100,10 @@ def test_attention_embedding_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     partials, counters = attention.scratch_sizes(2, 3, paging, choice, 128)
     parts = torch.empty(partials), torch.zeros(counters, dtype=torch.int32)
     out = torch.empty(2, 16)
-    with traced(monkeypatch) as (events, trace):
-        attention.attention(q, k, k, tables, listed, out, *parts, paging, 0.25, choice, 128, dependent=True)
-    check(events, trace, None, 6)
+    for chosen, programs in ((choice, 6), (tiles.attention_tiles(16, 4, 17), 3)):  # the second walks all splits
+        with traced(monkeypatch) as (events, trace):
+            attention.attention(q, k, k, tables, listed, out, *parts, paging, 0.25, chosen, 128, dependent=True)
+        check(events, trace, None, programs)
     x, normed = torch.randn(9, 32), torch.empty(9, 32)
     ids = torch.zeros(9, dtype=torch.int32)
     with traced(monkeypatch) as (events, trace):
