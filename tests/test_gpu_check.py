@@ -58,7 +58,9 @@ def test_operators(tmp_path: Path) -> None:
 def test_steps(tmp_path: Path) -> None:
     code, report = run(tmp_path, "bench", "--only", "small batch 1")
     assert code == 0
-    assert set(report["bench"]) == {"small batch 1 eager", "small batch 1 graphs"}
+    assert set(report["bench"]) == {
+        f"small batch 1 {mode}" for mode in ("eager", "graphs", "graphs, int8", "graphs, int4")
+    }
     assert all(result["tokens/s"] > 0 for result in report["bench"].values())
 
 

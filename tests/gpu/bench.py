@@ -1,4 +1,4 @@
-"""How fast is it: each operator beside a copy's bandwidth, and decode steps eager, as graphs, with dependent launch."""
+"""How fast is it: operators beside a copy's bandwidth; decode steps eager, as graphs, with dependent launch, in int8."""
 
 import statistics
 import sys
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from backend_driver import Driver, greedy, tokens
 
+from engine.backends.triton_weights import STORAGE
 from engine.config import ModelConfig
 from gpu.machine import GPT2, SMALL, Case, Machine
 
@@ -22,11 +23,15 @@ PROMPT = 64  # tokens before the first step that is timed
 WARM, TIMED = 8, 40  # steps
 BATCHES = (1, 8, 32, 64, 256)
 MODES = {"eager": {"graphs": False}, "graphs": {"graphs": True}}
-DEPENDENT = {"graphs, dependent launch": {"graphs": True, "dependent_launch": True}}
+DEPENDENT = {"graphs, dependent launch": {"graphs": True, "dependent_launch": True}}  # for the fewest rows alone
+QUANTISED = ("int8", "int4")  # timed at the first and the last batch
 
 
 def cases(machine: Machine) -> Iterator[Case]:
-    """The copy, every operator of ``benchmarks/test_kernels.py``, then GPT-2 small to XL at batch 1 to 256."""
+    """The copy, every operator of ``benchmarks/test_kernels.py``, then GPT-2 small to XL at batch 1 to 256.
+
+    The largest model last with int8 and int4 weights.
+    """
     import kernel_timing
     import test_kernels
 
@@ -41,14 +46,22 @@ def cases(machine: Machine) -> Iterator[Case]:
             for given in parameters(function):
                 label = ", ".join([name.removeprefix("test_"), *(f"{key} {value}" for key, value in given.items())])
                 yield f"operator {label}", lambda f=function, g=given: _operator(test_kernels, place, f, g)
-    modes = MODES | (DEPENDENT if machine.has_dependent_launch else {})
-    for name, model in ({"small": SMALL} if machine.tiny else GPT2).items():
-        for mode, options in modes.items():
-            for batch in (1, 2) if machine.tiny else BATCHES:
-                yield (
-                    f"{name} batch {batch} {mode}",
-                    lambda m=model, b=batch, o=options: steps(machine, m, b, o, place.copy),
-                )
+    models, batches = ({"small": SMALL}, (1, 2)) if machine.tiny else (GPT2, BATCHES)
+    dtype = machine.dtypes[0]
+    for name, model in models.items():
+        listed = [(mode, options, batch) for mode, options in MODES.items() for batch in batches]
+        if machine.has_dependent_launch:
+            listed += [(mode, options, 1) for mode, options in DEPENDENT.items()]
+        for mode, options, batch in listed:
+            yield (
+                f"{name} batch {batch} {mode}",
+                lambda m=model, b=batch, o=options: steps(machine, m, b, o, dtype, place.copy),
+            )
+    for quantised, batch in product(QUANTISED, (batches[0], batches[-1])):
+        yield (
+            f"{name} batch {batch} graphs, {quantised}",
+            lambda b=batch, d=quantised: steps(machine, model, b, MODES["graphs"], d, place.copy),
+        )
 
 
 def parameters(function: Any) -> list[dict[str, Any]]:
@@ -84,18 +97,19 @@ def _operator(module: Any, place: Any, function: Any, given: dict[str, Any]) -> 
     return watch.extra_info
 
 
-def steps(machine: Machine, model: ModelConfig, batch: int, options: dict[str, Any], copy: float) -> dict[str, Any]:
+def steps(
+    machine: Machine, model: ModelConfig, batch: int, options: dict[str, Any], dtype: str, copy: float
+) -> dict[str, Any]:
     """A decode step of ``batch`` sequences: seconds, and counted bytes over them beside what a copy reaches."""
     from kernels.launches import ModelShape, step_bytes, step_launches
 
-    dtype = machine.adapter.dtypes[0]
     driver = model_driver(machine, model, dtype, options)
     seconds = decode_seconds(machine, driver, model, batch)
     shape = ModelShape(
         model.vocab_size, model.context_length, model.embed_dim, model.n_heads, model.n_layers, model.hidden_dim
     )
     context = PROMPT + WARM + TIMED // 2
-    moved = step_bytes(step_launches(shape, [(context - 1, 1)] * batch, getattr(torch, dtype)))
+    moved = step_bytes(step_launches(shape, [(context - 1, 1)] * batch, *STORAGE[dtype]))
     rate = moved / seconds
     return {
         "us a step": seconds * 1e6, "tokens/s": batch / seconds, "GB/s": rate / 1e9, "share of copy": rate / copy,

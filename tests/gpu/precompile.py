@@ -14,6 +14,7 @@ DTYPES = ("bfloat16", "float16", "float32", "int8", "int4")
 
 def asked(parts: Sequence[str]) -> Iterator[tuple[ModelConfig, str, bool]]:
     """(model, dtype, with dependent launch) of the backends that these parts of the check make."""
+    from gpu.bench import QUANTISED
     from gpu.invariance import LIVED
     from gpu.machine import GPT2, HALF, SMALL
 
@@ -25,6 +26,7 @@ def asked(parts: Sequence[str]) -> Iterator[tuple[ModelConfig, str, bool]]:
         yield from ((model, "bfloat16", False) for model in GPT2.values())
     if "bench" in parts:
         yield from ((model, "bfloat16", True) for model in GPT2.values())
+        yield from ((list(GPT2.values())[-1], dtype, False) for dtype in QUANTISED)
 
 
 def precompile(target: str, parts: Sequence[str], workers: int) -> str:
