@@ -1,4 +1,4 @@
-"""How fast is it: operators beside a copy's bandwidth; decode steps eager, as graphs, with dependent launch, in int8."""
+"""How fast is it: operators beside the bandwidth of a copy; decode steps eager, as graphs, dependent launches, int8."""
 
 import statistics
 import sys
