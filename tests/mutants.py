@@ -123,6 +123,8 @@ MUTANTS = [
            "words are swapped"),
     Mutant("sampling", "frequency * values", "frequency", "a count is not counted"),
     Mutant("sampling", "tl.where(values > 0.0, presence, 0.0)", "presence", "ids of the prompt count as present"),
+    Mutant("sampling", "(k > 0) & (k < V)", "(k > 1) & (k < V)", "top-k of 1 is ignored"),
+    Mutant("sampling", "tl.ceil(top_p", "tl.floor(top_p", "a mass of 0 is enough for top-p"),
     Mutant("sampling", ">= min_p", "> min_p", "min_p leaves out the border"),
     Mutant("sampling", "tl.where(ordered_bits(x) >= floor, _mass(x, maximum), 0)", "_mass(x, maximum)",
            "top-p forgets top-k"),

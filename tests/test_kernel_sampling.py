@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import kernel_harness as harness
 import numpy as np
@@ -192,6 +193,17 @@ def test_any_options(vocab: int, seed: int, heat: float, k: int, p: float, min_p
     logits = np.round(values).astype(np.float32) if coarse else values.astype(np.float32)  # coarse: many ties
     row = Row(temperature=heat, top_k=k, top_p=p, min_p=min_p, seed=seed)
     assert draw(torch.from_numpy(logits)[None], [row]).tokens.item() == expected_token(logits, row)
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-12}, {"min_p": 1.0}])
+def test_the_narrowest_filters_leave_the_best(narrow: dict[str, Any]) -> None:
+    """So hot that without a filter eight seeds would hardly agree."""
+    torch.manual_seed(0)
+    logits = torch.randn(8, 97)
+    narrowed, free = ([Row(temperature=50.0, seed=seed, **given) for seed in range(8)] for given in (narrow, {}))
+    best = logits.argmax(dim=1).tolist()
+    assert draw(logits, narrowed).tokens.tolist() == best
+    assert draw(logits, free).tokens.tolist() != best
 
 
 @triton.jit
