@@ -6,7 +6,7 @@ A row is one specialisation, on a line of its own. ``bytes`` and ``flops`` are t
 it, which has ``rows`` rows; ``arguments`` are the constexprs in which it differs from the rows of the same launch.
 
 ``python -m kernels.manifest`` writes the tables of README.md anew: what a decode step moves, by ``cost()``, and what
-the machine code for sm_90 is like, by the manifest.
+the machine code for sm_90 is like, by the manifest; and a short one of both in the README of the project.
 """
 
 import ast
@@ -14,11 +14,14 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernels.launches import Launch
 
 FOLDER = Path(__file__).parent
 MANIFEST = FOLDER / "manifest.json"
-README = FOLDER / "README.md"
+README, PROJECT_README = FOLDER / "README.md", FOLDER.parent / "README.md"
 REBUILD = "run `make manifest`"
 SHOWN_CONTEXT = 512  # keys of the decode step that README.md shows
 
@@ -112,13 +115,34 @@ def machine_table(manifest: dict[str, Any], target: str, model: str = "gpt2", dt
     return _markdown(head, rows)
 
 
-def bytes_table() -> str:
-    """What each launch of GPT-2 small's decode step moves, one sequence, bfloat16, in Markdown."""
+def _shown_launches() -> "list[Launch]":
+    """A decode step of GPT-2 small, one sequence, bfloat16."""
     import torch
 
     from kernels.launches import MODELS, step_launches
 
-    launches = step_launches(MODELS["gpt2"], [(SHOWN_CONTEXT - 1, 1)], torch.bfloat16)
+    return step_launches(MODELS["gpt2"], [(SHOWN_CONTEXT - 1, 1)], torch.bfloat16)
+
+
+def short_table(manifest: dict[str, Any], target: str = "sm_90") -> str:
+    """Of the same step: each launch's unique bytes, and its machine code on one target."""
+    rows = []
+    for launch in _shown_launches():
+        code = next(
+            row
+            for row in manifest["targets"][target]
+            if (row["launch"], row["model"], row["dtype"]) == (launch.name, "gpt2", "bf16") and row["rows"] == 1
+        )
+        rows.append(
+            f"| {launch.name} | {launch.times} | {launch.cost.total_bytes:,} | {code['registers']} | {code['spills']} "
+            f"| {code['wide_share']:.0%} | {code['family']} |"
+        )
+    return _markdown("| launch | times | bytes | registers | spills | 128-bit loads | tensor core |", rows)
+
+
+def bytes_table() -> str:
+    """What each launch of that step moves, in Markdown."""
+    launches = _shown_launches()
     rows, sums = [], [0, 0, 0]
     for launch in launches:
         cost = launch.cost
@@ -131,9 +155,12 @@ def bytes_table() -> str:
     return _markdown("| launch | times | weights | other reads | writes | again, from the cache |", rows)
 
 
-def sections(manifest: dict[str, Any]) -> dict[str, str]:
-    """Name -> text of the generated parts of README.md."""
-    return {"bytes": bytes_table(), "sm_90": machine_table(manifest, "sm_90")}
+def sections(manifest: dict[str, Any]) -> dict[Path, dict[str, str]]:
+    """File -> name -> text of its generated parts."""
+    return {
+        README: {"bytes": bytes_table(), "sm_90": machine_table(manifest, "sm_90")},
+        PROJECT_README: {"kernels": short_table(manifest)},
+    }
 
 
 def with_sections(readme: str, parts: dict[str, str]) -> str:
@@ -146,10 +173,11 @@ def with_sections(readme: str, parts: dict[str, str]) -> str:
         before, found, rest = readme.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->\n")
         if not found or not end:
-            raise ValueError(f"kernels/README.md has no part <!-- {name} --> ... <!-- end -->")
+            raise ValueError(f"the README has no part <!-- {name} --> ... <!-- end -->")
         readme = f"{before}{found}{text}\n{end}{after}"
     return readme
 
 
 if __name__ == "__main__":
-    README.write_text(with_sections(README.read_text(encoding="utf-8"), sections(load())), encoding="utf-8")
+    for file, parts in sections(load()).items():
+        file.write_text(with_sections(file.read_text(encoding="utf-8"), parts), encoding="utf-8")

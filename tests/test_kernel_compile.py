@@ -169,11 +169,14 @@ def test_only_code_counts_as_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert edited("common.py", "tl.debug_barrier()", "tl.debug_barrier(), tl.debug_barrier()") != before
 
 
-def test_the_readme_has_the_tables_of_the_manifest(committed: dict[str, Any]) -> None:
-    text = manifest.README.read_text(encoding="utf-8")
-    found = manifest.with_sections(text, manifest.sections(committed))
-    assert found == text, "run `python -m kernels.manifest`"
-    assert found != manifest.with_sections(text, {"sm_90": manifest.machine_table(committed, "sm_80")})
+def test_the_readmes_have_the_tables_of_the_manifest(committed: dict[str, Any]) -> None:
+    for file, parts in manifest.sections(committed).items():
+        text = file.read_text(encoding="utf-8")
+        assert manifest.with_sections(text, parts) == text, "run `python -m kernels.manifest`"
+    others = {"sm_90": manifest.machine_table(committed, "sm_80"), "kernels": manifest.short_table(committed, "sm_80")}
+    for file, name in ((manifest.README, "sm_90"), (manifest.PROJECT_README, "kernels")):
+        text = file.read_text(encoding="utf-8")
+        assert manifest.with_sections(text, {name: others[name]}) != text
 
 
 def test_the_rules_see() -> None:
