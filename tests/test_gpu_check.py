@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gpu.conformance
 import gpu_check
 import kernel_harness  # noqa: F401  before Triton is imported
 import pytest
@@ -97,6 +98,38 @@ def test_what_failed_or_is_left_is_run_again(tmp_path: Path, monkeypatch: pytest
     ran.clear()
     assert run(tmp_path, "conformance", "--again", "--seconds", "-1")[0] == 2
     assert ran == []
+
+
+def test_a_long_case_begins_where_a_part_has_hardly_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: clock[0])
+
+    def case(seconds: float) -> dict[str, Any]:
+        clock[0] += seconds
+        return {}
+
+    lengths = {"short": 100, "compute-sanitizer memcheck": 390, "short too": 1, "compute-sanitizer racecheck": 390}
+    part = SimpleNamespace(cases=lambda machine: ((name, lambda n=n: case(n)) for name, n in lengths.items()))
+    monkeypatch.setitem(sys.modules, "gpu.conformance", part)
+    ends = []
+    while (result := run(tmp_path, "conformance"))[0] == 2:
+        ends.append(list(result[1]["conformance"]))
+    assert ends == [["short", "short too"], ["short", "short too", "compute-sanitizer memcheck"]]
+    assert result[0] == 0
+    assert clock[0] == sum(lengths.values())
+
+
+def test_what_compute_sanitizer_runs(tmp_path: Path) -> None:
+    """By a stand-in that runs one case interpreted, and then by one that finds something."""
+    for ending, exit_code in (
+        ('exec "$@" --backend triton-interpret --only "linear, float weights, 1 "', 0),
+        ("exit 9", 9),
+    ):
+        stand_in = tmp_path / "compute-sanitizer"
+        stand_in.write_text(f"#!/bin/sh\n[ $1$2 = --toolracecheck ] || exit 1\nshift 4\n{ending}\n")
+        stand_in.chmod(0o755)
+        result = gpu.conformance._sanitized(str(stand_in), "racecheck")
+        assert (result["ok"], result["exit"]) == (exit_code == 0, exit_code), result["end"]
 
 
 def test_a_report_of_other_versions_is_begun_anew(tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from backend_driver import greedy, quantised, random_weights, tokens
+from gpu_check import LONG, LONG_SECONDS
 
 from engine.backends.torch_backend import TorchBackend
 from engine.backends.triton_weights import STORAGE
 from engine.checkpoints.canonical import to_reference
 from engine.config import ModelConfig
 from gpu.machine import HALF, SMALL, Case, Machine, float32_products
-
-SANITIZER_SECONDS = 400
 
 
 def cases(machine: Machine) -> Iterator[Case]:
@@ -32,10 +31,10 @@ def cases(machine: Machine) -> Iterator[Case]:
     for kind in ("float", "int8", "int4"):
         for rows in (1, 40):
             yield f"linear, {kind} weights, {rows} rows", lambda k=kind, r=rows: _linear(machine, k, r)
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = shutil.which(LONG)
     if machine.on_gpu and not machine.tiny and sanitizer is not None:
         for tool in ("memcheck", "racecheck"):
-            yield f"compute-sanitizer {tool}", lambda t=tool: _sanitized(str(sanitizer), t)
+            yield f"{LONG} {tool}", lambda t=tool: _sanitized(str(sanitizer), t)
 
 
 def _logits(machine: Machine, model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -104,8 +103,8 @@ def _sanitized(sanitizer: str, tool: str) -> dict[str, Any]:
         command += ["--part", "conformance", "--tiny", "--output", str(Path(folder) / "report.json")]
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=SANITIZER_SECONDS, check=False
+                command, env=environment, capture_output=True, text=True, timeout=LONG_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
-            return {"ok": False, "error": f"not through after {SANITIZER_SECONDS} s"}
+            return {"ok": False, "error": f"not through after {LONG_SECONDS} s"}
     return {"ok": done.returncode == 0, "exit": done.returncode, "end": (done.stdout + done.stderr)[-1500:]}
