@@ -231,6 +231,7 @@ def step_launches(
     dtype: torch.dtype,
     kind: str = "float",
     device: str = "meta",
+    fused: bool = False,
 ) -> list[Launch]:
     """The launches of a step that runs ``spans``, a sequence each, and draws for each.
 
@@ -238,9 +239,11 @@ def step_launches(
         spans: (first position, number of tokens) of each sequence.
         dtype: the storage type of activations and cache, and of weights where ``kind`` is "float".
         device: where the tensors are. Weights and cache are zero; tokens, positions and blocks are different ones.
+        fused: with "head_sample" in place of "logits" and "sampling", as where no row has top-k, top-p or min-p.
     """
     with torch.device(device):
-        return _step_launches(shape, spans, dtype, kind)
+        launches = _step_launches(shape, spans, dtype, kind)
+        return launches[:-2] + _head_sample(shape, len(spans), dtype, kind)[:1] if fused else launches
 
 
 def _step_launches(
@@ -278,14 +281,6 @@ def _step_launches(
         ),
         _sampling(shape, draws),
     ]
-
-
-def head_sample_launches(
-    shape: ModelShape, draws: int, dtype: torch.dtype, kind: str = "float", device: str = "meta"
-) -> list[Launch]:
-    """What a step launches in place of "logits" and "sampling" where no logits are needed. As ``step_launches``."""
-    with torch.device(device):
-        return _head_sample(shape, draws, dtype, kind)[:1]
 
 
 def all_launches(shape: ModelShape, dtype: torch.dtype, kind: str = "float", dependent: bool = False) -> list[Launch]:

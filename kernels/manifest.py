@@ -115,26 +115,31 @@ def machine_table(manifest: dict[str, Any], target: str, model: str = "gpt2", dt
     return _markdown(head, rows)
 
 
-def _shown_launches() -> "list[Launch]":
-    """A decode step of GPT-2 small, one sequence, bfloat16."""
+def _shown_launches() -> "tuple[list[Launch], list[Launch]]":
+    """A decode step of GPT-2 small, one sequence, bfloat16; and what is in place of its last launch with top-k."""
     import torch
 
     from kernels.launches import MODELS, step_launches
 
-    return step_launches(MODELS["gpt2"], [(SHOWN_CONTEXT - 1, 1)], torch.bfloat16)
+    fused, apart = (
+        step_launches(MODELS["gpt2"], [(SHOWN_CONTEXT - 1, 1)], torch.bfloat16, fused=fused) for fused in (True, False)
+    )
+    return fused, apart[-2:]
 
 
 def short_table(manifest: dict[str, Any], target: str = "sm_90") -> str:
     """Of the same step: each launch's unique bytes, and its machine code on one target."""
     rows = []
-    for launch in _shown_launches():
+    step, instead = _shown_launches()
+    for launch in step + instead:
         code = next(
             row
             for row in manifest["targets"][target]
             if (row["launch"], row["model"], row["dtype"]) == (launch.name, "gpt2", "bf16") and row["rows"] == 1
         )
         rows.append(
-            f"| {launch.name} | {launch.times} | {launch.cost.total_bytes:,} | {code['registers']} | {code['spills']} "
+            f"| {launch.name} | {'or ' * (launch in instead)}{launch.times} | {launch.cost.total_bytes:,} "
+            f"| {code['registers']} | {code['spills']} "
             f"| {code['wide_share']:.0%} | {code['family']} |"
         )
     return _markdown("| launch | times | bytes | registers | spills | 128-bit loads | tensor core |", rows)
@@ -142,16 +147,17 @@ def short_table(manifest: dict[str, Any], target: str = "sm_90") -> str:
 
 def bytes_table() -> str:
     """What each launch of that step moves, in Markdown."""
-    launches = _shown_launches()
+    step, instead = _shown_launches()
     rows, sums = [], [0, 0, 0]
-    for launch in launches:
+    for launch in step + instead:
         cost = launch.cost
-        moved = (cost.weights, cost.reads, cost.writes)
-        sums = [total + launch.times * part for total, part in zip(sums, moved, strict=True)]
+        moved, times = (cost.weights, cost.reads, cost.writes), f"{'or ' * (launch in instead)}{launch.times}"
+        if launch in step:
+            sums = [total + launch.times * part for total, part in zip(sums, moved, strict=True)]
         again = sum(cost.rereads.values())
-        rows.append(f"| {launch.name} | {launch.times} | " + " | ".join(f"{n:,}" for n in (*moved, again)) + " |")
-    count = sum(launch.times for launch in launches)
-    rows.append(f"| **step** | {count} | " + " | ".join(f"{n:,}" for n in sums) + " | |")
+        rows.append(f"| {launch.name} | {times} | " + " | ".join(f"{n:,}" for n in (*moved, again)) + " |")
+    count = sum(launch.times for launch in step)
+    rows.insert(len(step), f"| **step** | {count} | " + " | ".join(f"{n:,}" for n in sums) + " | |")
     return _markdown("| launch | times | weights | other reads | writes | again, from the cache |", rows)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 PARTS = ("conformance", "invariance", "bench", "peers")
+NONE = "none"
 LONG = "compute-sanitizer"  # how the names of long cases begin
 LONG_SECONDS = 400  # that one may take; the others take up to a minute
 
@@ -49,15 +50,21 @@ class Report:
 
     def save(self) -> None:
         """Write the file."""
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        whole = self.path.with_suffix(".new")
+        whole.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        whole.replace(self.path)  # never half a file, whatever ends the process
 
 
 def run_part(report: Report, part: str, machine: Any, seconds: float, only: str) -> str:
-    """Run a part's cases that are not through, and say how it went: "ok", what failed, or how many are left."""
+    """Run a part's cases that are not through, those that were never tried first, and say how it went: "ok", what
+    failed, how many are left, or "none" where no name has ``only`` in it."""
     start, left = time.monotonic(), 0
     results = report.part(part)
-    for name, run in importlib.import_module(f"gpu.{part}").cases(machine):
-        if only not in name or results.get(name, {}).get("ok"):
+    listed = [case for case in importlib.import_module(f"gpu.{part}").cases(machine) if only in case[0]]
+    if not listed:
+        return NONE
+    for name, run in sorted(listed, key=lambda case: case[0] in results):
+        if results.get(name, {}).get("ok"):
             continue
         last = max(1.0, seconds - LONG_SECONDS + 60) if name.startswith(LONG) and seconds > 0 else seconds
         if time.monotonic() - start > last:
@@ -71,6 +78,8 @@ def run_part(report: Report, part: str, machine: Any, seconds: float, only: str)
         results[name] = result | {"seconds": round(time.monotonic() - begun, 2)}
         report.save()
         print(f"{part}: {name}: {shown(results[name])}", flush=True)
+        if "trace" in results[name] and not machine.alive():  # every later case would fail by this one's fault
+            return f"failed: {name}, and the device is of no use to this process any more: run it again to go on"
     bad = [name for name, result in results.items() if not result["ok"]]
     if bad:
         return f"failed: {', '.join(bad)}"
@@ -93,28 +102,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run cases that have passed already")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
     parser.add_argument("--seconds", type=float, default=420, help="after which a part begins no other case")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes that compile before the first part; 0 for none"
-    )
+    parser.add_argument("--workers", type=int, help="processes that compile before the first part; 0 for none")
     parser.add_argument("--output", type=Path, default=Path("gpu_check.json"))
     args = parser.parse_args(arguments)
+    if args.part not in ("all", *PARTS):  # argparse does not look at a default
+        parser.error(f"PART={args.part!r} is no part; choose from {', '.join(PARTS)}")
     if args.backend == "triton-interpret":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     from gpu.machine import Machine
     from gpu.precompile import precompile
 
-    from engine.backends.triton_compile import WORKERS_VARIABLE
+    from engine.backends.registry import missing
+    from engine.backends.triton_compile import WORKERS_VARIABLE, workers_to_use
 
+    if (reason := missing(args.backend)) is not None:
+        parser.error(f"{reason}; --backend triton-interpret --tiny takes the same paths on a CPU")
+    begun = time.monotonic()
     machine = Machine(args.backend, args.tiny)
     report = Report(args.output, machine.versions())
     parts = PARTS if args.part == "all" else (args.part,)
-    if machine.target is not None and args.workers:
-        print(f"compiled {precompile(machine.target, parts, args.workers)}", flush=True)
-        os.environ[WORKERS_VARIABLE] = "0"  # no backend need do it again
+    workers = workers_to_use() if args.workers is None else args.workers
+    if machine.target is not None and workers:
+        well, text = precompile(machine.target, parts, workers)
+        print(f"compiled {text}", flush=True)
+        if well:
+            os.environ[WORKERS_VARIABLE] = "0"  # no backend need do it again
     if args.again:
         for part in parts:
             report.forget(part, args.only)
-    said = {part: run_part(report, part, machine, args.seconds, args.only) for part in parts}
+    said, compiling = {}, time.monotonic() - begun
+    for part in parts:
+        said[part] = run_part(report, part, machine, args.seconds - compiling, args.only)
+        compiling = 0.0  # is of the first part's time
+    if set(said.values()) == {NONE}:
+        parser.error(f"no case has {args.only!r} in its name")
+    said = {part: text for part, text in said.items() if text != NONE}
     for part, text in said.items():
         print(f"{part}: {text}")
     failed = any(text.startswith("failed") for text in said.values())

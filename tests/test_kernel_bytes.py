@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_kernel_sampling import Row, options, outputs
 
-from kernels.launches import MODELS, Launch, ModelShape, head_sample_launches, step_launches
+from kernels.launches import MODELS, Launch, ModelShape, step_launches
 from kernels.sampling import cost as sampling_cost
 from kernels.sampling import sampling
 
@@ -34,7 +34,7 @@ def counted(launch: Launch) -> harness.Trace:
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 def test_every_launch_moves_what_its_cost_says(spans: Sequence[tuple[int, int]], kind: str) -> None:
     launches = step_launches(SMALL, spans, torch.bfloat16, kind, "cpu")
-    launches += head_sample_launches(SMALL, len(spans), torch.bfloat16, kind, "cpu")
+    launches += step_launches(SMALL, spans, torch.bfloat16, kind, "cpu", fused=True)[-1:]
     assert {launch.name for launch in launches} == {
         "embedding", "qkv", "attention", "proj", "fc", "fc2", "logits", "sampling", "head_sample",
     }  # fmt: skip

@@ -28,6 +28,16 @@ KNOWN_SPILLS = {  # bytes, by target, model, dtype, launch and BLOCK_T: of heads
     ("sm_90", "heads", "fp16", "attention", None): 8,
 }
 OTHER_SPILLS = {("sm_90", "gpt2", "bf16", "sampling", None): 40}  # with a mask of allowed ids, under Triton 3.6 and 3.9
+LAYOUTS = {  # of warps over a product's outputs, rows or queries, and keys: what there is, so that another one shows
+    "sm_80": {
+        "linear": {"4x1", "2x2"}, "fp32 linear": {"4x1", "8x1"}, "attention": {"1x2", "1x8", "8x1"},
+        "fp32 attention": {"1x4", "1x8"}, "head_sample": {"4x1", "2x2", "2x4"}, "fp32 head_sample": {"4x1", "8x1"},
+    },
+    "sm_90": {
+        "linear": {"4x1"}, "fp32 linear": {"4x1", "4x2"}, "attention": {"1x2", "1x8", "8x1"},
+        "fp32 attention": {"1x4", "1x8"}, "head_sample": {"4x1", "4x2"}, "fp32 head_sample": {"4x1", "4x2"},
+    },
+}  # fmt: skip
 STREAMING = (
     "qkv",
     "proj",
@@ -79,8 +89,12 @@ def broken_rules(target: str, rows: list[dict[str, Any]], known: Mapping[Any, in
         if row["launch"] not in STREAMING:
             continue
         families[place].add(row["family"])
+        of = row["launch"] if row["launch"] in ("attention", "head_sample") else "linear"
+        layout = row["layout"].partition(" of ")[0]
+        if layout not in LAYOUTS[target]["fp32 " * (row["dtype"] == "fp32") + of]:
+            found.append(f"{name} has its warps laid {layout}")
         if row["family"] == "wgmma" and row["dtype"] != "fp32" and row["launch"] != "head_sample":
-            layouts[place].add(row["layout"].partition(" of ")[0])
+            layouts[place].add(layout)
         apart = row["arguments"].get("HEAD_DIM", 64) * SIZES[row["dtype"]] % 128 != 0
         if (target, row["dtype"]) != ("sm_90", "int8") and not apart and row["wide_share"] < 0.8:
             found.append(f"{name} loads {row['wide_share']:.0%} of its bytes 128 bits at a time")

@@ -172,6 +172,7 @@ def machine_code(target: str, dependent: bool) -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.versions
 def test_the_machine_code_waits_first() -> None:
     """sm_90: the wait comes before every load, store and atomic; in linears and logits, after the prefetches.
 

@@ -5,12 +5,12 @@ operations are those of ``cost()``, which the tests count on the launches themse
 
 Published rates, dense, accumulating in float32, by NVIDIA:
 
-- H100 SXM5: 3.35 TB/s; 989 TFLOPS bf16 and fp16 (half of the 1,979 stated with sparsity), 67 fp32.
+- H100 SXM5: 3.35 TB/s; 989 TFLOPS bf16 and fp16, 494 tf32 (halves of the 1,979 and 989 stated with sparsity).
   "NVIDIA H100 Tensor Core GPU" datasheet.
-- A100 80GB SXM4: 2,039 GB/s; 312 TFLOPS bf16 and fp16, 19.5 fp32. "NVIDIA A100 Tensor Core GPU" datasheet.
-- L4: 300 GB/s; 121 TFLOPS bf16 and fp16 (half of the 242 stated with sparsity), 30.3 fp32. "NVIDIA L4 Tensor Core
-  GPU" datasheet.
-- GeForce RTX 4090: 1,008 GB/s; 165.2 TFLOPS bf16 and fp16, 82.6 fp32. "NVIDIA Ada GPU Architecture" whitepaper,
+- A100 80GB SXM4: 2,039 GB/s; 312 TFLOPS bf16 and fp16, 156 tf32. "NVIDIA A100 Tensor Core GPU" datasheet.
+- L4: 300 GB/s; 121 TFLOPS bf16 and fp16, 60 tf32 (halves of the 242 and 120 stated with sparsity). "NVIDIA L4 Tensor
+  Core GPU" datasheet.
+- GeForce RTX 4090: 1,008 GB/s; 165.2 TFLOPS bf16 and fp16, 82.6 tf32. "NVIDIA Ada GPU Architecture" whitepaper,
   appendix A.
 
 A launch costs about 6 us from Python and 1.3 us inside a CUDA graph, both published figures.
@@ -46,13 +46,18 @@ class Card:
     name: str
     bandwidth: float
     half: float
-    float32: float
+    tf32: float
+
+    @property
+    def float32(self) -> float:
+        """Operations a second of float32 operands: the kernels make three products of tf32 of each."""
+        return self.tf32 / 3
 
 
 CARDS = {
-    "h100": Card("H100 SXM5", 3.35e12, 989e12, 67e12),
-    "a100": Card("A100 80GB SXM4", 2.039e12, 312e12, 19.5e12),
-    "l4": Card("L4", 300e9, 121e12, 30.3e12),
+    "h100": Card("H100 SXM5", 3.35e12, 989e12, 494e12),
+    "a100": Card("A100 80GB SXM4", 2.039e12, 312e12, 156e12),
+    "l4": Card("L4", 300e9, 121e12, 60e12),
     "rtx4090": Card("GeForce RTX 4090", 1.008e12, 165.2e12, 82.6e12),
 }
 
@@ -91,10 +96,11 @@ class Estimate:
 
 
 def estimate(model: ModelConfig, card: Card, spans: Sequence[tuple[int, int]], dtype: str = "bfloat16") -> Estimate:
-    """A step that runs ``spans``, (first position, number of tokens) of each sequence, and draws for each.
+    """A step that runs ``spans``, (first position, number of tokens) of each sequence, and draws for each by the fused
+    head, as without top-k, top-p and min-p.
 
     The floor is, launch by launch, the longer of moving its unique bytes and computing its products. With int8 and
-    int4 weights products are multiplied in bfloat16.
+    int4 weights products are multiplied in bfloat16; a product of float32 is three of tf32.
 
     Raises:
         ValueError: a dtype that the kernels do not have, or Triton, which the kernels import, is not installed.
@@ -109,7 +115,7 @@ def estimate(model: ModelConfig, card: Card, spans: Sequence[tuple[int, int]], d
     shape = ModelShape(
         model.vocab_size, model.context_length, model.embed_dim, model.n_heads, model.n_layers, model.hidden_dim
     )
-    launches = step_launches(shape, spans, getattr(torch, storage), kind)
+    launches = step_launches(shape, spans, getattr(torch, storage), kind, fused=True)
     rate = getattr(card, operands)
     return Estimate(
         sequences=len(spans),

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from backend_driver import same_bits, tokens
+import numpy as np
+from backend_driver import greedy, same_bits, tokens
 from step_lives import a_life, first_difference
 
 from engine.config import ModelConfig
@@ -18,6 +19,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     for name, model in models.items():
         for dtype in machine.dtypes:
             yield f"rows of {name} in {dtype}", lambda m=model, d=dtype: _rows(machine, m, d)
+            yield f"draws of {name} in {dtype}", lambda m=model, d=dtype: _draws(machine, m, d)
     ways = {"graphs": {"graphs": True}}
     if machine.has_dependent_launch:
         ways["dependent launch"] = {"graphs": False, "dependent_launch": True}
@@ -44,6 +46,20 @@ def _rows(machine: Machine, model: ModelConfig, dtype: str) -> dict[str, Any]:
     other = driver.in_chunks([ids[0] ^ 1, *ids[1:]], [])
     result = {"chunks": chunks, "beside": same_bits(beside, whole[-1]), "control": not same_bits(other[-1], whole[-1])}
     return result | {"ok": all(result.values())}
+
+
+def _draws(machine: Machine, model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """A token and its logprob: drawn alone, by the fused head, and beside a neighbour that wants top-k, from logits."""
+    driver = machine.driver(model, dtype, 60)
+    ids, found = tokens(20, vocab_size=model.vocab_size), []
+    for neighbours in (0, 3):
+        driver.release()
+        parts = [(driver.sequence(20), ids)] + [(driver.sequence(9), [7, i]) for i in range(neighbours)]
+        count = len(parts)
+        top_k = np.array([0] + [5] * neighbours, np.int32)
+        out = driver.run(parts, greedy(count, temperature=np.ones(count, np.float32), top_k=top_k, num_logprobs=2))
+        found.append([out.token_ids[0], out.logprobs[0].tobytes(), out.ranks[0], out.top_logprobs[0].tobytes()])
+    return {"drawn": int(found[0][0]), "ok": found[0] == found[1]}
 
 
 def _alike(machine: Machine, dtype: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The machine of a GPU check: the backend under test, its device, and models on it."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from engine.checkpoints.canonical import canonical_shapes
 from engine.config import ModelConfig
 
 Case = tuple[str, Callable[[], dict[str, Any]]]  # its name, and what runs it; a result with "ok" false is a failure
+ROOT = Path(__file__).parent.parent.parent
 SMALL = ModelConfig(vocab_size=97, context_length=150, embed_dim=80, n_heads=4, n_layers=2, hidden_dim=130)
 HALF = ModelConfig(vocab_size=50257, context_length=1024, embed_dim=768, n_heads=12, n_layers=2, hidden_dim=3072)
 GPT2 = {
@@ -105,11 +108,31 @@ class Machine:
             torch.cuda.synchronize()
 
     def versions(self) -> dict[str, str]:
-        """What a result holds for: another version or device measures anew."""
+        """What a result holds for: other sources, another version or device measure anew."""
         import triton
 
         name = torch.cuda.get_device_name() if self.on_gpu else "CPU"
-        return {"torch": torch.__version__, "triton": triton.__version__, "device": name, "tiny": str(self.tiny)}
+        return {
+            "torch": torch.__version__, "triton": triton.__version__, "device": name, "tiny": str(self.tiny),
+            "sources": sources(),
+        }  # fmt: skip
+
+    def alive(self) -> bool:
+        """Whether the device still answers: after an access out of bounds it does not, until the process ends."""
+        try:
+            self.wait()
+        except RuntimeError:
+            return False
+        return True
+
+
+def sources() -> str:
+    """A hash of what the check runs: kernels, backends, and the check itself."""
+    digest = hashlib.sha256()
+    for pattern in ("kernels/*.py", "engine/backends/*.py", "tests/gpu/*.py", "tests/*_lives.py", "tests/backend_*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
