@@ -4,7 +4,7 @@ Parts run alone or together (``--part`` or the environment's PART): conformance,
 hold is in ``tests/gpu/``. Every case is written to one JSON file as it ends. A case that is there already, passed by
 the same versions on the same device, is not run again without ``--again``, and a part stops after ``--seconds``: run it
 once more and it goes on. A long case, of compute-sanitizer, begins only where a part has hardly begun, so that a part
-ends within eight minutes. ``--backend triton-interpret --tiny`` takes every path on a CPU. It needs torch, triton,
+ends within eight minutes. ``--backend triton-interpret --tiny`` takes these paths on a CPU. It needs torch, triton,
 numpy, pytest and this repository (peers: transformers), and no network.
 """
 
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--part", default=os.environ.get("PART") or "all", choices=("all", *PARTS))
     parser.add_argument("--backend", default="triton", choices=("triton", "triton-interpret"))
-    parser.add_argument("--tiny", action="store_true", help="the smallest models, to take every path quickly")
+    parser.add_argument("--tiny", action="store_true", help="the smallest models, to take all paths quickly")
     parser.add_argument("--again", action="store_true", help="run cases that have passed already")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
     parser.add_argument("--seconds", type=float, default=420, help="after which a part begins no other case")
