@@ -116,7 +116,8 @@ class PyModel {
   }
 
   // arrays: token_ids, positions, slots, query_starts, context_lens, block_tables [S, B], logits_rows, previous_rows or
-  // None, block_copies or None. Returns (logits or None, token_ids, logprobs, ranks, top_ids, top_logprobs).
+  // None, block_copies or None. Returns (logits or None, token_ids, logprobs, ranks, top_ids, top_logprobs) and the first
+  // row from which no token can be drawn, or -1.
   py::tuple step(const py::tuple& arrays, const py::object& options) {
     Batch b{};
     b.num_tokens = size_of(arrays[0]);
@@ -154,7 +155,9 @@ class PyModel {
       py::gil_scoped_release release;
       model_.step(b, logits_data, draws);
     }
-    return py::make_tuple(logits, tokens, logprobs, ranks, top_ids, top_logprobs);
+    int64_t bad = 0;
+    while (bad < rows && draws.token_ids[bad] >= 0) ++bad;
+    return py::make_tuple(logits, tokens, logprobs, ranks, top_ids, top_logprobs, bad < rows ? bad : -1);
   }
 
   int64_t block_bytes() const { return model_.block_bytes(); }

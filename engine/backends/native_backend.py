@@ -178,10 +178,9 @@ class NativeBackend(Backend):
         options = None if batch.sampling is None else (batch.draw_rows, *_options(batch.sampling))
         if self._pause is not None and torch.get_num_threads() - 1 > self._room:
             self._pause(OMP_PAUSE_SOFT)
-        logits, token_ids, logprobs, ranks, top_ids, top_logprobs = self._model.step(arrays, options)
+        logits, token_ids, logprobs, ranks, top_ids, top_logprobs, bad = self._model.step(arrays, options)
         error = None
-        if token_ids.min(initial=0) < 0:
-            bad = int(np.argmin(token_ids))
+        if bad >= 0:
             error = f"no token can be drawn from the logits of drawn row {bad}: NaN, +inf, or every token excluded"
         rows = None if logits is None else torch.from_numpy(logits)
         return _Finished(StepOutput(token_ids, logprobs, ranks, top_ids, top_logprobs, rows), error)

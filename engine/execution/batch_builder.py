@@ -6,6 +6,7 @@ filled once a step from lists, not once a sequence, and what the step before had
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class BatchBuilder:
         self._context_lens = np.zeros(max_seqs, np.int32)
         self._block_tables = np.zeros((max_seqs, max_blocks), np.int32)
         self._tables: list[Sequence[int]] = [()] * max_seqs  # what the rows of _block_tables hold
-        self._sampling = _SamplingBuilder(vocab_size)
+        self._sampling = _SamplingBuilder(max_seqs, vocab_size)
 
     def build(self, plan: StepPlan) -> Batch:
         """The batch of ``plan``; draws and logits rows are in the order of its sequences."""
@@ -113,30 +114,35 @@ class BatchBuilder:
 
 
 class _SamplingBuilder:
-    """Makes the options of a step's draws; what depends on the requests' options alone is kept while those stay."""
+    """Makes the options of a step's draws. In most steps the same samples draw as before and only positions change."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, max_rows: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
+        self._positions = np.zeros(max_rows, np.uint32)
         self._params: list[SamplingParams] = []
-        self._kept: dict[str, Any] = {}  # for these
+        self._streams: list[tuple[int, int]] = []
+        self._kept: SamplingBatch | None = None  # for these, but for histories and masks
 
     def build(self, draws: Sequence[Draw]) -> SamplingBatch:
         params = [draw.params for draw in draws]
-        if params != self._params:
-            self._kept = _of_params(params)
-        self._params = params  # those of this step, so that the next comparison finds the same objects
-        fields = self._kept | {
-            "seeds": np.asarray([draw.seed for draw in draws], np.uint64),
-            "positions": np.asarray([draw.position for draw in draws], np.uint32),
-            "sample_index": np.asarray([draw.sample_index for draw in draws], np.uint32),
-        }
+        streams = [(draw.seed, draw.sample_index) for draw in draws]
+        self._positions[: len(draws)] = [draw.position for draw in draws]
+        if self._kept is None or params != self._params or streams != self._streams:
+            self._kept = SamplingBatch(
+                seeds=np.asarray([seed for seed, _ in streams], np.uint64),
+                positions=self._positions[: len(draws)],
+                sample_index=np.asarray([index for _, index in streams], np.uint32),
+                **_of_params(params),
+            )
+        self._params, self._streams = params, streams  # so that the next comparison finds the same objects
+        changes: dict[str, Any] = {}
         if any(p.has_penalties for p in params):
-            fields["output_counts"] = _sparse(map(_history_counts, draws))
+            changes["output_counts"] = _sparse(map(_history_counts, draws))
         banned = [bool(draw.banned_token_ids) for draw in draws]
         if any(banned) or any(p.allowed_token_ids is not None for p in params):
-            fields["allowed"] = np.stack([_allowed_bits(draw, self._vocab_size) for draw in draws])
-            fields["token_only"] = fields["token_only"] & ~np.asarray(banned)
-        return SamplingBatch(**fields)
+            changes["allowed"] = np.stack([_allowed_bits(draw, self._vocab_size) for draw in draws])
+            changes["token_only"] = self._kept.token_only & ~np.asarray(banned)
+        return replace(self._kept, **changes) if changes else self._kept
 
 
 def _of_params(params: Sequence[SamplingParams]) -> dict[str, Any]:
