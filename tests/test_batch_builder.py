@@ -148,6 +148,18 @@ def test_the_same_requests_step_by_step() -> None:
         check(builder.build(plan), plan)
 
 
+def test_the_same_streams_with_other_options() -> None:
+    """What is kept of the step before belongs to its options and to its streams, not to either alone."""
+    builder = BatchBuilder(128, SEQS, BLOCKS, BLOCK, VOCAB)
+    rng = random.Random(5)
+    for step in range(60):
+        options = [SamplingParams(**rng.choice(OPTIONS[:3])) for _ in range(2)]
+        streams = [rng.choice([(7, 0), (7, 1), (2**64 - 1, 0)]) for _ in range(2)]
+        draws = [Draw(p, seed, step, index) for p, (seed, index) in zip(options, streams, strict=True)]
+        plan = StepPlan([SequencePlan(s, [step], 0, (s,), draw) for s, draw in enumerate(draws)])
+        check(builder.build(plan), plan)
+
+
 def test_a_table_that_is_too_short() -> None:
     builder = BatchBuilder(128, SEQS, BLOCKS, BLOCK, VOCAB)
     builder.build(StepPlan([SequencePlan(0, [1], 30, tuple(range(8)))]))
