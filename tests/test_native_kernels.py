@@ -184,6 +184,16 @@ def test_tiles_keep_their_sums_in_registers(functions: list[str]) -> None:
     assert spilling == []
 
 
+VECTOR_TO_STACK = re.compile(r"\svmov\S+\s+%[yz]mm\d+,.*\(%r[sb]p")
+
+
+def test_attention_keeps_its_sums_in_registers(functions: list[str]) -> None:
+    """One sum on the stack makes every token wait for the one before; single values may go there."""
+    attention = compiled(functions, "attend<")
+    spilling = [code.splitlines()[0] for code in attention if VECTOR_TO_STACK.search(code)]
+    assert spilling == []
+
+
 def test_what_streams_is_fetched(functions: list[str]) -> None:
     """A compiler may drop a call that does nothing but fetch, as GCC 12 did: the same results, later."""
     streaming = r"tile<[^(]*, [12]>\(|tile_sums<[^(]*Fetch\)[12]>\(|pair_sums<|write_cache\(|attend_one\("
@@ -197,3 +207,6 @@ def test_the_register_test_can_fail() -> None:
     assert VECTOR_ON_STACK.search("  2b29: vmovaps %ymm7,-0x38(%rsp)")
     assert not VECTOR_ON_STACK.search("  2adb: vmovups 0x140(%r8),%ymm7")
     assert not VECTOR_ON_STACK.search("  2adb: vmovq  %xmm24,-0x30(%rsp)")
+    assert VECTOR_TO_STACK.search("  72c00: vmovaps %ymm7,0x180(%rsp)")
+    assert not VECTOR_TO_STACK.search("  72bdd: vmovdqa %xmm7,0x180(%rsp)")
+    assert not VECTOR_TO_STACK.search("  72fa0: vpbroadcastq 0x170(%rsp),%ymm3")
