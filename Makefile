@@ -71,6 +71,7 @@ define sanitized
 endef
 
 sanitize: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt pybind11 setuptools
 	$(call sanitized,asan,address$(COMMA)undefined,asan,ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1)
 	$(call sanitized,tsan,thread,tsan,TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1)
 

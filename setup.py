@@ -30,9 +30,12 @@ WINDOWS_FLAGS = ["/O2", "/fp:precise"]
 
 
 def extensions() -> list[Extension]:
-    """The native backend's module, or nothing where pybind11 is missing."""
+    """The native backend's module, or nothing where pybind11 is missing and ENGINE_REQUIRE_NATIVE is not set."""
     if Pybind11Extension is None:
-        print("pybind11 is not installed: the native backend is not built", file=sys.stderr)
+        missing = "pybind11 is not installed: the native backend is not built"
+        if os.environ.get("ENGINE_REQUIRE_NATIVE"):
+            raise SystemExit(f"{missing}, which ENGINE_REQUIRE_NATIVE=1 makes an error")
+        print(missing, file=sys.stderr)
         return []
     ParallelCompile("ENGINE_BUILD_JOBS", default=0).install()
     extra = os.environ.get("ENGINE_CXXFLAGS", "").split()
