@@ -120,19 +120,22 @@ class _SamplingBuilder:
         self._vocab_size = vocab_size
         self._positions = np.zeros(max_rows, np.uint32)
         self._params: list[SamplingParams] = []
+        self._options: dict[str, Any] = {}  # for these
         self._streams: list[tuple[int, int]] = []
-        self._kept: SamplingBatch | None = None  # for these, but for histories and masks
+        self._kept: SamplingBatch | None = None  # for both, but for histories and masks
 
     def build(self, draws: Sequence[Draw]) -> SamplingBatch:
         params = [draw.params for draw in draws]
         streams = [(draw.seed, draw.sample_index) for draw in draws]
         self._positions[: len(draws)] = [draw.position for draw in draws]
-        if self._kept is None or params != self._params or streams != self._streams:
+        if params != self._params:
+            self._options, self._kept = _of_params(params), None
+        if self._kept is None or streams != self._streams:
             self._kept = SamplingBatch(
                 seeds=np.asarray([seed for seed, _ in streams], np.uint64),
                 positions=self._positions[: len(draws)],
                 sample_index=np.asarray([index for _, index in streams], np.uint32),
-                **_of_params(params),
+                **self._options,
             )
         self._params, self._streams = params, streams  # so that the next comparison finds the same objects
         changes: dict[str, Any] = {}
