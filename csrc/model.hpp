@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -44,6 +45,9 @@ struct Batch {
   const int32_t* previous_rows;  // or null
   const int32_t* block_copies;   // or null
   Sampling sampling;             // num_rows 0: nothing is drawn
+  int64_t num_steps;             // at most; above 1 every sequence has one token, after which one is drawn
+  int64_t num_endings;
+  const int32_t* ending_ids;     // no step follows one that draws one of these
 };
 
 // Canonical tensors by name are Tensors; the order is that of `tensor_names`.
@@ -62,9 +66,11 @@ class Model {
   const char* isa() const { return kernels_->name; }
   int threads() const { return pool_.size(); }
 
-  // Runs a step. `logits` has [num_logits, vocab_size] floats. Throws std::invalid_argument for an index out of range,
-  // before anything is changed. Rows that cannot be drawn from are reported in `draws`.
-  void step(const Batch& batch, float* logits, const Draws& draws);
+  // Runs a step, and after it those that the batch asks for, in which every sequence goes on by the token that it drew.
+  // `between` is called before each of these. Returns how many ran. `logits` has [num_logits, vocab_size] floats, `draws`
+  // room for all steps. Throws std::invalid_argument for an index out of range, before anything is changed. Rows that
+  // cannot be drawn from are reported in `draws` if they are the first step's; a later step that has some did not run.
+  int64_t run(const Batch& batch, float* logits, const Draws& draws, const std::function<void()>& between);
 
  private:
   struct Norm {
@@ -76,6 +82,8 @@ class Model {
   };
 
   void check(const Batch& batch) const;
+  void check_later(const Batch& batch) const;
+  void step(const Batch& batch, float* logits, const Draws& draws);
   void reserve(const Batch& batch);
   int64_t reserve_head(const Batch& batch);
   void copy_blocks(const Batch& batch);

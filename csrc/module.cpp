@@ -78,6 +78,12 @@ Sampling sampling_of(const py::object& object, int64_t vocab_size) {
   return s;
 }
 
+// Between steps: Ctrl-C ends the run as it would end a loop in Python.
+void handle_signals() {
+  py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 Epilogue activation_of(const std::string& name) {
   if (name == "none") return Epilogue::store;
   if (name == "gelu_tanh") return Epilogue::gelu_tanh;
@@ -116,9 +122,9 @@ class PyModel {
   }
 
   // arrays: token_ids, positions, slots, query_starts, context_lens, block_tables [S, B], logits_rows, previous_rows or
-  // None, block_copies or None. Returns (logits or None, token_ids, logprobs, ranks, top_ids, top_logprobs) and the first
-  // row from which no token can be drawn, or -1.
-  py::tuple step(const py::tuple& arrays, const py::object& options) {
+  // None, block_copies or None, ending_ids or None. Returns (logits or None, token_ids, logprobs, ranks, top_ids,
+  // top_logprobs), the rows of every step that ran, and the first row from which no token can be drawn, or -1.
+  py::tuple run(const py::tuple& arrays, const py::object& options, int64_t num_steps) {
     Batch b{};
     b.num_tokens = size_of(arrays[0]);
     b.token_ids = data_of<int32_t>(arrays[0], "token_ids", -1);
@@ -136,12 +142,18 @@ class PyModel {
       b.num_copies = size_of(arrays[8]) / 2;
       b.block_copies = data_of<int32_t>(arrays[8], "block_copies", 2 * b.num_copies);
     }
+    b.num_steps = num_steps;
+    if (!arrays[9].is_none()) {
+      b.num_endings = size_of(arrays[9]);
+      b.ending_ids = data_of<int32_t>(arrays[9], "ending_ids", b.num_endings);
+    }
     b.sampling = sampling_of(options, config_.vocab_size);
     const int64_t rows = b.sampling.num_rows;
     b.sampling.num_logprobs = std::min(std::max<int64_t>(b.sampling.num_logprobs, 0), config_.vocab_size);
     const int64_t tops = b.sampling.num_logprobs;
-    py::array_t<int32_t> tokens(rows), ranks(rows), top_ids({rows, tops});
-    py::array_t<float> logprobs(rows), top_logprobs({rows, tops});
+    const int64_t most = rows * std::clamp<int64_t>(num_steps, 1, config_.context_length);
+    py::array_t<int32_t> tokens(most), ranks(most), top_ids({most, tops});
+    py::array_t<float> logprobs(most), top_logprobs({most, tops});
     py::object logits = py::none();
     float* logits_data = nullptr;
     if (b.num_logits) {
@@ -151,13 +163,19 @@ class PyModel {
     }
     const Draws draws{tokens.mutable_data(), logprobs.mutable_data(), ranks.mutable_data(), top_ids.mutable_data(),
                       top_logprobs.mutable_data()};
+    int64_t drawn = 0;
     {
       py::gil_scoped_release release;
-      model_.step(b, logits_data, draws);
+      drawn = rows * model_.run(b, logits_data, draws, handle_signals);
     }
     int64_t bad = 0;
     while (bad < rows && draws.token_ids[bad] >= 0) ++bad;
-    return py::make_tuple(logits, tokens, logprobs, ranks, top_ids, top_logprobs, bad < rows ? bad : -1);
+    const auto ran = [&](py::array& array) -> py::object {
+      if (drawn == most) return array;
+      return array[py::slice(0, drawn, 1)];
+    };
+    return py::make_tuple(logits, ran(tokens), ran(logprobs), ran(ranks), ran(top_ids), ran(top_logprobs),
+                          bad < rows ? bad : -1);
   }
 
   int64_t block_bytes() const { return model_.block_bytes(); }
@@ -212,7 +230,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("block_size"), py::arg("threads"), py::arg("isa"), py::arg("screen_head"))
       .def("update", &PyModel::update)
       .def("allocate", &PyModel::allocate)
-      .def("step", &PyModel::step)
+      .def("run", &PyModel::run)
       .def_property_readonly("block_bytes", &PyModel::block_bytes)
       .def_property_readonly("weight_bytes", &PyModel::weight_bytes)
       .def_property_readonly("isa", &PyModel::isa)

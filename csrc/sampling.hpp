@@ -43,6 +43,12 @@ struct Draws {
   int32_t* ranks;
   int32_t* top_ids;      // [num_rows, num_logprobs]
   float* top_logprobs;
+
+  // Where those of a later step go, after `rows` rows.
+  Draws after(int64_t rows, int64_t num_logprobs) const {
+    return {token_ids + rows, logprobs + rows, ranks + rows, top_ids + rows * num_logprobs,
+            top_logprobs + rows * num_logprobs};
+  }
 };
 
 class Sampler {

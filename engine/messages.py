@@ -179,10 +179,15 @@ class StepPlan:
     Args:
         sequences: one entry per sequence that runs in this step.
         block_copies: (source, destination) blocks of the KV cache to copy before the step (copy on write).
+        num_steps: how many steps may follow each other before anybody has to see what was drawn. In each later one
+            every sequence runs the token that it drew in the one before; a backend may run fewer.
+        ending_ids: tokens that end a sequence, after which no further step may follow.
     """
 
     sequences: Sequence[SequencePlan]
     block_copies: Sequence[tuple[int, int]] = ()
+    num_steps: int = 1
+    ending_ids: Sequence[int] = ()
 
 
 class Drawn(NamedTuple):

@@ -110,7 +110,7 @@ def test_draws_with_logprobs(name: str) -> None:
     config = CONFIGS["plain"]
     ids = ids_of(6, 15, config)
     runner = runner_for(make(config, name), config)
-    result = runner.execute(StepPlan([SequencePlan(0, ids, 0, table(0), draw=greedy(15))]))
+    (result,) = runner.execute(StepPlan([SequencePlan(0, ids, 0, table(0), draw=greedy(15))]))
     wanted = torch.log_softmax(reference_logits(config, ids)[-1], dim=0)
     drawn = result.drawn[0]
     assert drawn is not None
@@ -129,12 +129,35 @@ def test_token_of_the_step_before(name: str) -> None:
     first = runner.submit(StepPlan([SequencePlan(0, ids, 0, table(0), draw=greedy(12))]))
     follow = SequencePlan(0, [0], 12, table(0), draw=greedy(13), take_previous=True, previous_row=0)
     second = runner.submit(StepPlan([follow]))
-    drawn = [runner.collect(pending).drawn[0] for pending in (first, second)]
+    drawn = [result.drawn[0] for pending in (first, second) for result in runner.collect(pending)]
     expected = list(ids)
     for token in drawn:
         assert token is not None
         assert token.token_id == int(reference_logits(config, expected)[-1].argmax())
         expected.append(token.token_id)
+
+
+def test_several_steps_are_the_steps_one_by_one(name: str) -> None:
+    """A backend may run fewer than are allowed, but one at least."""
+    config = CONFIGS["plain"]
+    params = SamplingParams(top_k=20)
+
+    def run(most: int) -> list[list[int]]:
+        runner = runner_for(make(config, name), config)
+        pending, starts, drawn = [ids_of(8, 12, config), ids_of(9, 5, config)], [0, 0], []
+        while len(drawn) < 9:
+            parts = [
+                SequencePlan(row, ids, start, table(row), Draw(params, row, start + len(ids), 0))
+                for row, (ids, start) in enumerate(zip(pending, starts, strict=True))
+            ]
+            results = runner.execute(StepPlan(parts, num_steps=most if drawn else 1))
+            assert 1 <= len(results) <= (most if drawn else 1)
+            starts = [part.start + len(part.token_ids) + len(results) - 1 for part in parts]
+            drawn += [[token.token_id for token in result.drawn if token is not None] for result in results]
+            pending = [[token_id] for token_id in drawn[-1]]
+        return drawn
+
+    assert run(4) == run(1)
 
 
 def test_block_copies_and_unwritten_slots(name: str) -> None:

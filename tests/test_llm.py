@@ -235,6 +235,48 @@ def test_a_stream_goes_on_beside_other_requests(llm: LLM) -> None:
     assert first + "".join(stream) == wanted
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.0, "ignore_eos": True},
+        {"max_tokens": None},
+        {"n": 3, "min_tokens": 9, "stop_token_ids": [65, 66, 200]},
+        {"stop_token_ids": list(range(0, 256, 9))},
+        {"logprobs": 2, "logit_bias": {70: 3.0}, "top_p": 0.9},
+        {"stop": ["A", "\u00fe"]},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"allowed_token_ids": [65, 66, 67, 68]},
+    ],
+)
+def test_several_steps_at_a_time_change_nothing(llm: LLM, options: dict[str, object]) -> None:
+    """``generate`` lets the backend run ahead: its outputs are those of a loop over ``step``. Not all requests fit."""
+    base = {"max_tokens": 40, "seed": 5}
+    params = [SamplingParams(**base | options), SamplingParams(**base), SamplingParams(max_tokens=3, seed=1)]  # type: ignore[arg-type]
+    prompts = [[1, 2, 3], [7] * 35, [9], [4, 4], [1, 2, 3, 4, 5], [6]]
+    chosen = [params[0], params[0], params[2], params[1], params[0], params[0]]
+    requests = [llm.submit(prompt, p) for prompt, p in zip(prompts, chosen, strict=True)]
+    while not all(request.finished for request in requests):
+        llm.step()
+    wanted = [request.output().outputs for request in requests]
+    assert [output.outputs for output in llm.generate(prompts, chosen, use_tqdm=False)] == wanted
+    alone = [llm.generate(prompt, p, use_tqdm=False)[0].outputs for prompt, p in zip(prompts, chosen, strict=True)]
+    assert alone == wanted
+    assert not llm._core.has_work
+
+
+def test_a_loop_may_take_several_steps_at_a_time(llm: LLM) -> None:
+    request = llm.submit("hello", GREEDY)
+    counts = []
+    while not request.finished:
+        llm.step(5)
+        counts.append(request.num_output_tokens)
+    ahead = llm.backend.name == "native"
+    assert counts == ([1, 6, 11, 12] if ahead else list(range(1, 13)))
+    with pytest.raises(ValueError, match="most must be at least 1, got 0"):
+        llm.step(0)
+
+
 def test_a_closed_stream_frees_its_blocks(llm: LLM) -> None:
     stream = llm.stream("hello", SamplingParams(max_tokens=50))
     next(stream)

@@ -1,6 +1,7 @@
 """The planning floor with a fake executor: every request gets its tokens, no block is lost, limits are kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,20 @@ class FakeModel:
         self.cache: dict[tuple[int, int], int] = {}
         self.steps = 0
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> list[StepResult]:
+        """Of the steps that the plan allows half or all run, as a backend may."""
+        results = [self.step(plan)]
+        while len(results) < plan.num_steps and self.steps % 3:
+            assert all(len(part.token_ids) == 1 for part in plan.sequences)
+            drawn = [result.token_id for result in results[-1].drawn if result is not None]
+            if any(token_id in plan.ending_ids for token_id in drawn):
+                break
+            parts = zip(plan.sequences, drawn, strict=True)
+            plan = replace(plan, sequences=[p._replace(token_ids=[i], start=p.start + 1) for p, i in parts])
+            results.append(self.step(plan))
+        return results
+
+    def step(self, plan: StepPlan) -> StepResult:
         self.steps += 1
         assert sum(len(part.token_ids) for part in plan.sequences) <= self.config.max_num_batched_tokens
         assert 0 < len(plan.sequences) <= self.config.max_num_seqs
@@ -50,11 +64,13 @@ class FakeModel:
         return StepResult(drawn)
 
 
-def alone(prompt: list[int], max_tokens: int, slide: bool) -> list[int]:
+def alone(prompt: list[int], max_tokens: int, slide: bool, eos: int | None = None) -> list[int]:
     """What a sequence must give: the loop on the fake model."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < max_tokens and (slide or len(tokens) <= CONTEXT):
         tokens.append(next_token(tokens[-CONTEXT:]))
+        if tokens[-1] == eos:
+            break
     return tokens[len(prompt) :]
 
 
@@ -65,9 +81,13 @@ def alone(prompt: list[int], max_tokens: int, slide: bool) -> list[int]:
     num_blocks=st.integers(6, 30),
     block_size=st.sampled_from([4, 5]),
     aborts=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 11)), max_size=4),
+    most=st.sampled_from([1, 2, 32]),
+    eos=st.sampled_from([None, 7, 20]),
 )
-@settings(max_examples=200, deadline=None)
-def test_any_company_gives_the_same_tokens(requests, max_seqs, budget, num_blocks, block_size, aborts) -> None:
+@settings(max_examples=300, deadline=None)
+def test_any_company_gives_the_same_tokens(
+    requests, max_seqs, budget, num_blocks, block_size, aborts, most, eos
+) -> None:
     config = EngineConfig(max_num_seqs=max_seqs, max_num_batched_tokens=budget, block_size=block_size)
     blocks = BlockManager(num_blocks, block_size)
     model = FakeModel(config, block_size)
@@ -77,7 +97,8 @@ def test_any_company_gives_the_same_tokens(requests, max_seqs, budget, num_block
     prompts = {i: [(7 * i + j) % 50 for j in range(length)] for i, (length, _, _) in enumerate(requests)}
     for i, (_, max_tokens, slide) in enumerate(requests):
         given_[i] = []
-        core.add(Sequence(i, list(prompts[i]), SamplingParams(max_tokens=max_tokens), 0, 0, CONTEXT, slide=slide))
+        params = SamplingParams(max_tokens=max_tokens)
+        core.add(Sequence(i, list(prompts[i]), params, 0, 0, CONTEXT, eos_token_id=eos, slide=slide))
     aborted = set()
     while core.has_work:
         for step, victim in aborts:
@@ -86,14 +107,14 @@ def test_any_company_gives_the_same_tokens(requests, max_seqs, budget, num_block
                 aborted.add(victim)
         if not core.has_work:
             break
-        for event in core.step():
+        for event in core.step(most):
             given_[event.seq_id].append(event.drawn.token_id)
             if event.finish_reason:
                 finished.add(event.seq_id)
         blocks.check_integrity()
     assert blocks.num_free == num_blocks
     for i, (_, max_tokens, slide) in enumerate(requests):
-        expected = alone(prompts[i], max_tokens, slide)
+        expected = alone(prompts[i], max_tokens, slide, eos)
         if i in aborted:
             assert given_[i] == expected[: len(given_[i])]
         else:
@@ -138,6 +159,51 @@ def test_min_tokens_bans_the_ending_ids() -> None:
     sequence.append(1)
     sequence.append(1)
     assert sequence.next_draw().banned_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "drawn", "ahead"),
+    [
+        ({"max_tokens": 9}, 5, 0, 9),
+        ({"max_tokens": 9}, 5, 3, 6),
+        ({"max_tokens": None}, 20, 0, CONTEXT - 20 + 1),  # the last one fills the context
+        ({"max_tokens": 9}, 20, 0, CONTEXT - 20 + 1),
+        ({"max_tokens": 9, "min_tokens": 4}, 5, 1, 3),  # then the ending ids can be drawn
+        ({"max_tokens": 9, "min_tokens": 4}, 5, 4, 5),
+        ({"max_tokens": 9, "stop": "x"}, 5, 0, 1),
+        ({"max_tokens": 9, "frequency_penalty": 0.5}, 5, 0, 1),
+        ({"max_tokens": 9, "logit_bias": {3: 1.0}, "allowed_token_ids": [1, 3], "logprobs": 2}, 5, 0, 9),
+    ],
+)
+def test_draws_ahead(options: dict[str, Any], prompt: int, drawn: int, ahead: int) -> None:
+    sequence = Sequence(0, [1] * prompt, SamplingParams(**options), 0, 0, CONTEXT)
+    for _ in range(drawn):
+        sequence.append(1)
+    assert sequence.num_draws_ahead == ahead
+
+
+def plan_of(most: int, *sequences: Sequence, budget: int = 64) -> StepPlan:
+    config = EngineConfig(max_num_seqs=2, max_num_batched_tokens=budget, block_size=4)
+    core = EngineCore(Scheduler(config, BlockManager(12, 4)), FakeModel(config, 4).execute)
+    for sequence in sequences:
+        core.add(sequence)
+    core.step()
+    return core._scheduler.plan(most)
+
+
+def sequence_of(seq_id: int, length: int, **options: Any) -> Sequence:
+    return Sequence(seq_id, [1] * length, SamplingParams(**options), 0, 0, CONTEXT, eos_token_id=7)
+
+
+def test_several_steps_are_for_decoding_alone() -> None:
+    short, long = sequence_of(0, 3, max_tokens=5), sequence_of(1, 9, stop_token_ids=[30], ignore_eos=True)
+    plan = plan_of(32, short, long)
+    assert (plan.num_steps, set(plan.ending_ids)) == (4, {7, 30})  # what ends either of them
+    assert plan_of(3, sequence_of(0, 3)).num_steps == 3
+    assert plan_of(1, sequence_of(0, 3)).num_steps == 1
+    assert plan_of(32, sequence_of(0, 3), sequence_of(1, 9), budget=5).num_steps == 1  # a prompt in chunks
+    waiting = [sequence_of(0, 3, max_tokens=5), sequence_of(1, 3, max_tokens=6), sequence_of(2, 3)]
+    assert plan_of(32, *waiting).num_steps == 4  # until there is a place
 
 
 def test_a_sequence_that_can_never_fit_is_refused() -> None:

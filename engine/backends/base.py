@@ -83,6 +83,10 @@ class Batch:
 
     Tokens of one sequence are consecutive and in order. Arrays are views into persistent buffers of the caller, valid
     until the step is collected.
+
+    Where every sequence has one token and a draw after it, ``num_steps`` may be above 1. A backend may then go on by
+    itself, so that nobody has to look at a token before the next one is computed: each further step runs, for every
+    sequence, the token that it drew, one position on, with the same options. It may run fewer steps, or one.
     """
 
     token_ids: I32  # [T]
@@ -96,11 +100,15 @@ class Batch:
     sampling: SamplingBatch | None = None  # None exactly when R is 0
     previous_rows: I32 | None = None  # [T], >= 0: the token is row i of the step before, not token_ids; else -1
     block_copies: I32 | None = None  # [C, 2], blocks (source, destination) to copy before anything is written
+    num_steps: int = 1  # steps to run, at most: see below
+    ending_ids: I32 | None = None  # [E], no step follows one that draws one of these
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step returns. Logprobs and ranks are of the raw logits (no option applied); rank 1 is the most probable.
+
+    Where several steps ran, the rows of the first come first: R is then that many times the rows drawn in one.
 
     ``logits`` is on the backend's device, in its logits dtype: float32 or wider. On a GPU, what reads them has to be in
     the stream that was current at ``submit``, as PyTorch's own results.

@@ -174,11 +174,14 @@ class NativeBackend(Backend):
             batch.logits_rows,
             batch.previous_rows,
             batch.block_copies,
+            batch.ending_ids,
         )
         options = None if batch.sampling is None else (batch.draw_rows, *_options(batch.sampling))
         if self._pause is not None and torch.get_num_threads() - 1 > self._room:
             self._pause(OMP_PAUSE_SOFT)
-        logits, token_ids, logprobs, ranks, top_ids, top_logprobs, bad = self._model.step(arrays, options)
+        logits, token_ids, logprobs, ranks, top_ids, top_logprobs, bad = self._model.run(
+            arrays, options, batch.num_steps
+        )
         error = None
         if bad >= 0:
             error = f"no token can be drawn from the logits of drawn row {bad}: NaN, +inf, or every token excluded"

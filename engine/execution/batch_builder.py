@@ -87,6 +87,8 @@ class BatchBuilder:
             sampling=self._sampling.build(draws) if draws else None,
             previous_rows=self._previous[:end] if previous else None,
             block_copies=np.asarray(plan.block_copies, np.int32) if plan.block_copies else None,
+            num_steps=plan.num_steps,
+            ending_ids=np.asarray(plan.ending_ids, np.int32) if plan.ending_ids else None,
         )
 
     def _append_slots(self, slots: list[int], table: Sequence[int], start: int, stop: int) -> None:

@@ -34,12 +34,12 @@ class Runner:
         """Start a step."""
         return Pending(plan, self._backend.submit(self._builder.build(plan)))
 
-    def collect(self, pending: Pending) -> StepResult:
-        """Wait for a step and return what it drew."""
-        return _result(pending.plan, self._backend.collect(pending.handle))
+    def collect(self, pending: Pending) -> list[StepResult]:
+        """Wait for a step and return what it drew, and what those drew that followed it."""
+        return _results(pending.plan, self._backend.collect(pending.handle))
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run a step to its end."""
+    def execute(self, plan: StepPlan) -> list[StepResult]:
+        """Run a plan to its end. Returns a result for every step that ran, one unless the plan allows more."""
         return self.collect(self.submit(plan))
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
@@ -49,18 +49,21 @@ class Runner:
         return logits
 
 
-def _result(plan: StepPlan, output: StepOutput) -> StepResult:
+def _results(plan: StepPlan, output: StepOutput) -> list[StepResult]:
     token_ids, logprobs, ranks = output.token_ids.tolist(), output.logprobs.tolist(), output.ranks.tolist()
     top_ids, top_logprobs = output.top_ids.tolist(), output.top_logprobs.tolist()
-    drawn: list[Drawn | None] = []
+    results: list[StepResult] = []
     row = 0
-    for part in plan.sequences:
-        if part.draw is None:
-            drawn.append(None)
-            continue
-        top: tuple[tuple[int, float], ...] = ()
-        if wanted := part.draw.params.logprobs:
-            top = tuple(zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True))
-        drawn.append(Drawn(token_ids[row], logprobs[row], ranks[row], top))
-        row += 1
-    return StepResult(drawn)
+    while not results or row < len(token_ids):
+        drawn: list[Drawn | None] = []
+        for part in plan.sequences:
+            if part.draw is None:
+                drawn.append(None)
+                continue
+            top: tuple[tuple[int, float], ...] = ()
+            if wanted := part.draw.params.logprobs:
+                top = tuple(zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True))
+            drawn.append(Drawn(token_ids[row], logprobs[row], ranks[row], top))
+            row += 1
+        results.append(StepResult(drawn))
+    return results

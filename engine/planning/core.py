@@ -1,6 +1,6 @@
 """The loop: plan a step, have it run, commit what it gave."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from engine.messages import Event, StepPlan, StepResult
 from engine.planning.scheduler import Scheduler
@@ -12,10 +12,10 @@ class EngineCore:
 
     Args:
         scheduler: decides what runs.
-        execute: runs a plan and returns its result (``Runner.execute``).
+        execute: runs a plan and returns a result for every step that it ran (``Runner.execute``).
     """
 
-    def __init__(self, scheduler: Scheduler, execute: Callable[[StepPlan], StepResult]) -> None:
+    def __init__(self, scheduler: Scheduler, execute: Callable[[StepPlan], Iterable[StepResult]]) -> None:
         self._scheduler = scheduler
         self._execute = execute
 
@@ -36,9 +36,12 @@ class EngineCore:
         """Drop a sequence and free what it held."""
         self._scheduler.abort(seq_id)
 
-    def step(self) -> list[Event]:
-        """Run one step. Returns the tokens drawn in it, at most one per sequence; none when idle."""
-        plan = self._scheduler.plan()
+    def step(self, most: int = 1) -> list[Event]:
+        """Run one step, or up to ``most`` where nothing that is decided between them could be decided otherwise.
+
+        Returns the tokens drawn, step by step, at most one per sequence in each; none when idle.
+        """
+        plan = self._scheduler.plan(most)
         if not plan.sequences:
             return []
-        return self._scheduler.commit(plan, self._execute(plan))
+        return [event for result in self._execute(plan) for event in self._scheduler.commit(plan, result)]

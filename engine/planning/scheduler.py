@@ -57,8 +57,8 @@ class Scheduler:
         else:
             self._waiting = deque(sequence for sequence in self._waiting if sequence.seq_id != seq_id)
 
-    def plan(self) -> StepPlan:
-        """The next step; empty only when there is no work."""
+    def plan(self, most: int = 1) -> StepPlan:
+        """The next step, or steps, at most ``most``; empty only when there is no work."""
         self._admit()
         budget = self._config.max_num_batched_tokens
         parts: list[SequencePlan] = []
@@ -78,7 +78,14 @@ class Scheduler:
                     draw=sequence.next_draw() if count == wanted else None,
                 )
             )
-        return StepPlan(parts)
+        decoding = len(parts) == len(self._running) and all(len(p.token_ids) == 1 and p.draw for p in parts)
+        if most == 1 or not decoding:
+            return StepPlan(parts)
+        # Until one of them ends nothing changes: who waits now waits for blocks or a place.
+        running = self._running.values()
+        most = min(most, *(sequence.num_draws_ahead for sequence in running))
+        endings = {token_id for sequence in running for token_id in sequence.final_ids}
+        return StepPlan(parts, num_steps=most, ending_ids=tuple(endings))
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._config.max_num_seqs:

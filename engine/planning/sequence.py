@@ -1,5 +1,6 @@
 """One sequence as the scheduler sees it: its tokens, how far they are computed, when it ends."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -75,6 +76,24 @@ class Sequence:
             num_prompt_tokens=self.num_prompt_tokens,
             banned_token_ids=self._ending_ids() if early else (),
         )
+
+    @property
+    def num_draws_ahead(self) -> int:
+        """Draws, from the next one on, that follow each other with the same options, unless one of them ends it."""
+        params, drawn = self.params, self.num_output_tokens
+        if params.has_penalties or params.stop:
+            return 1  # options that change with every token; a text that may end with any
+        ahead = self.context_length - len(self.token_ids) + 1  # then the context is full, or the window moves
+        if params.max_tokens is not None:
+            ahead = min(ahead, params.max_tokens - drawn)
+        return max(1, min(ahead, params.min_tokens - drawn) if drawn < params.min_tokens else ahead)
+
+    @property
+    def final_ids(self) -> Iterator[int]:
+        """The ids that end the sequence when they are drawn."""
+        yield from self.params.stop_token_ids or ()
+        if self.eos_token_id is not None and not self.params.ignore_eos:
+            yield self.eos_token_id
 
     def _ending_ids(self) -> tuple[int, ...]:
         stops = tuple(self.params.stop_token_ids or ())
