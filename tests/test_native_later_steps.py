@@ -110,9 +110,17 @@ def test_a_later_step_that_cannot_be_drawn_did_not_run() -> None:
     got = together(backend, [5, 6, 7])
     assert_same(got, wanted)
     here = replace(decode(3, got.token_ids[-3:].tolist()), num_steps=4)
+    after = replace(batch([(0, len(PROMPTS[0]) + 4, [1])]), slots=np.array([-1]))  # sees what K and V there have been
+    before = backend.collect(backend.submit(after)).logits
     for _ in range(2):
         with pytest.raises(ValueError, match="no token can be drawn from the logits of drawn row 1"):
             backend.collect(backend.submit(here))
+        with pytest.raises(ValueError, match="token id drawn before -1"):
+            backend.submit(decode(4, [0, 0, 0], previous_rows=np.array([1, 1, 1], np.int32)))
+    now = backend.collect(backend.submit(after)).logits
+    assert before is not None
+    assert now is not None
+    assert torch.equal(now, before)  # no step followed it
     rows = np.arange(3, dtype=np.int32)  # what was given last is still what a following step may point to
     backend.update_weights(random_weights(CONFIG, scale=0.15))
     assert_same(together(backend, [5, 6, 7], 3), wanted)
@@ -127,7 +135,7 @@ def test_a_later_step_that_cannot_be_drawn_did_not_run() -> None:
         ({"num_steps": 66}, "number of steps 66"),
         ({"num_steps": 60}, r"position 7 is out of range: it must be in \[0, 5\)"),
         ({"num_steps": 46}, r"position 19 is out of range: it must be in \[0, 19\)"),
-        ({"num_steps": 3, "block_tables": np.array([[0, 1]] * 3, np.int32)}, "context length 20"),
+        ({"num_steps": 3, "block_tables": np.array([[0, 1, 2, 3]] * 3, np.int32)}, "context length 20"),
         ({"num_steps": 20, "block_tables": np.array([[0, 1, 2, 3, 4, 5, 6, 99]] * 3, np.int32)}, "block 99"),
         ({"num_steps": 2, "logits_rows": np.array([0], np.int32)}, "num_steps is 2: several steps need one token"),
         ({"num_steps": 2, "draw_rows": np.array([0, 2, 1], np.int32)}, "num_steps is 2"),
@@ -158,6 +166,19 @@ def test_the_blocks_that_later_steps_need_are_checked_and_no_others() -> None:
     tables[:, -(-(len(PROMPTS[1]) + STEPS) // BLOCK) :] = 10**6
     got = together(prepared(), [5, 6, 7], block_tables=tables)
     assert_same(got, one_by_one(prepared(), [5, 6, 7]))
+
+
+def test_hundreds_of_steps_need_room_for_hundreds_of_scores() -> None:
+    config = tiny_config(context_length=600, embed_dim=16, n_heads=1)
+    backend = NativeBackend(config, random_weights(config), dtype="float32", device="cpu", block_size=64, threads=1)
+    backend.allocate(96)
+    first = replace(batch([(0, 0, [3])], "none", neutral(1), [0], block=64), num_steps=600)
+    tokens = backend.collect(backend.submit(first)).token_ids.tolist()
+    assert len(tokens) == 600
+    ids = [3, *tokens[:-1]]
+    same = neutral(600, seeds=np.full(600, 5, np.uint64), positions=np.arange(11, 611, dtype=np.uint32))
+    whole = batch([(0, 0, ids)], "none", same, list(range(600)), block=64)
+    assert backend.collect(backend.submit(whole)).token_ids.tolist() == tokens
 
 
 def test_ctrl_c_between_later_steps() -> None:

@@ -201,7 +201,11 @@ def test_several_steps_are_for_decoding_alone() -> None:
     assert (plan.num_steps, set(plan.ending_ids)) == (4, {7, 30})  # what ends either of them
     assert plan_of(3, sequence_of(0, 3)).num_steps == 3
     assert plan_of(1, sequence_of(0, 3)).num_steps == 1
-    assert plan_of(32, sequence_of(0, 3), sequence_of(1, 9), budget=5).num_steps == 1  # a prompt in chunks
+    for budget in (2, 5):
+        plan = plan_of(32, sequence_of(0, 3), sequence_of(1, 9), budget=budget)  # a prompt in chunks, of 1 and of 4
+        assert [(len(part.token_ids), part.draw is None) for part in plan.sequences] == [(1, False), (budget - 1, True)]
+        assert plan.num_steps == 1
+    assert plan_of(32, sequence_of(0, 3, ignore_eos=True)).ending_ids == ()
     waiting = [sequence_of(0, 3, max_tokens=5), sequence_of(1, 3, max_tokens=6), sequence_of(2, 3)]
     assert plan_of(32, *waiting).num_steps == 4  # until there is a place
 

@@ -78,8 +78,7 @@ class Scheduler:
                     draw=sequence.next_draw() if count == wanted else None,
                 )
             )
-        decoding = len(parts) == len(self._running) and all(len(p.token_ids) == 1 and p.draw for p in parts)
-        if most == 1 or not decoding:
+        if most == 1 or not all(len(part.token_ids) == 1 and part.draw for part in parts):
             return StepPlan(parts)
         # Until one of them ends nothing changes: who waits now waits for blocks or a place.
         running = self._running.values()
