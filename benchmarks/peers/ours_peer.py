@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from engine.backends.native_backend import chosen_isa
-from engine.llm import LLM
+from engine.llm import LLM, STEPS_AT_A_TIME
 from engine.messages import SamplingParams
 
 
@@ -43,7 +43,7 @@ class Engine:
             self.llm.step()
         first = time.perf_counter() - start
         while not all(request.finished for request in requests):
-            self.llm.step()
+            self.llm.step(STEPS_AT_A_TIME)  # as LLM.generate
         seconds = time.perf_counter() - start
         return [list(request.output().outputs[0].token_ids) for request in requests], first, seconds
 

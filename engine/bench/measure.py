@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import ModelConfig
-from engine.llm import LLM
+from engine.llm import LLM, STEPS_AT_A_TIME
 from engine.messages import SamplingParams
 from engine.reference import generate_greedy
 
@@ -28,9 +28,9 @@ class BatchResult:
 
     Args:
         prefill_tokens_per_second: prompt tokens, all sequences together.
-        decode_tokens_per_second: generated tokens, all sequences together.
+        decode_tokens_per_second: generated tokens, all sequences together, as ``LLM.generate`` takes them.
         ttft: time to the first token of a request, all submitted at once.
-        tpot: time between two tokens of a request, median.
+        tpot: time between two tokens of a request, as ``LLM.stream`` takes them, median.
         tpot_p90: the same, 90th percentile.
         bytes_per_step: what a decode step cannot help reading; over the read bandwidth, the least time it can take.
     """
@@ -80,40 +80,61 @@ def measure_batch(llm: LLM, prompts: Sequence[Sequence[int]], steps: int, repeat
     Args:
         llm: an idle engine.
         prompts: token ids, all of one length.
-        steps: tokens to generate for each, at least 3.
+        steps: tokens to generate for each, at least 3: the first half one by one, for the times between them, the
+            others as ``LLM.generate`` does, for the throughput.
         repeats: the runs that count.
     """
     _timed_run(llm, prompts, 3)
     runs = [_timed_run(llm, prompts, steps) for _ in range(repeats)]
-    last_first = [max(times[0] for times in run) for run in runs]  # all prompts are through
-    spans = [max(times[-1] for times in run) - first for run, first in zip(runs, last_first, strict=True)]
-    gaps = sorted(b - a for run in runs for times in run for a, b in itertools.pairwise(times))
+    gaps = sorted(gap for run in runs for gap in run.gaps)
+    mean_context = len(prompts[0]) + 3 * steps // 4  # where the throughput is measured
     return BatchResult(
         batch=len(prompts),
-        prefill_tokens_per_second=len(prompts) * len(prompts[0]) / statistics.median(last_first),
-        decode_tokens_per_second=len(prompts) * (steps - 1) / statistics.median(spans),
-        ttft=statistics.median(times[0] for run in runs for times in run),
+        prefill_tokens_per_second=len(prompts) * len(prompts[0]) / statistics.median(max(run.first) for run in runs),
+        decode_tokens_per_second=statistics.median(run.tokens_per_second for run in runs),
+        ttft=statistics.median(first for run in runs for first in run.first),
         tpot=statistics.median(gaps),
         tpot_p90=gaps[int(0.9 * (len(gaps) - 1))],
         bytes_per_step=step_bytes(
-            llm.model_config, llm.dtype, len(prompts), len(prompts[0]) + steps // 2, llm.engine_config.screen_head
+            llm.model_config, llm.dtype, len(prompts), mean_context, llm.engine_config.screen_head
         ),
     )
 
 
-def _timed_run(llm: LLM, prompts: Sequence[Sequence[int]], steps: int) -> list[list[float]]:
-    """For each prompt the seconds from the common start to each of its tokens."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Seconds to the first token of each prompt and between two of its tokens; tokens a second if none is awaited."""
+
+    first: list[float]
+    gaps: list[float]
+    tokens_per_second: float
+
+
+def _timed_run(llm: LLM, prompts: Sequence[Sequence[int]], steps: int) -> _Run:
     params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
     requests = [llm.submit(list(prompt), params) for prompt in prompts]
     times: list[list[float]] = [[] for _ in prompts]
     started = time.perf_counter()
-    while not all(request.finished for request in requests):
+    while any(request.num_output_tokens < steps // 2 + 1 for request in requests):
         llm.step()
         now = time.perf_counter() - started
         for request, seen in zip(requests, times, strict=True):
             if request.num_output_tokens > len(seen):
                 seen.append(now)
-    return times
+    before = sum(request.num_output_tokens for request in requests)
+    half = time.perf_counter()
+    over = all if any(request.finished for request in requests) else any  # while all of them run, if they do
+    while not over(request.finished for request in requests):
+        llm.step(STEPS_AT_A_TIME)
+    seconds = time.perf_counter() - half
+    count = sum(request.num_output_tokens for request in requests) - before
+    while not all(request.finished for request in requests):
+        llm.step()
+    return _Run(
+        first=[seen[0] for seen in times],
+        gaps=[b - a for seen in times for a, b in itertools.pairwise(seen)],
+        tokens_per_second=count / seconds,
+    )
 
 
 ITEM_BYTES = {

@@ -73,9 +73,10 @@ def print_batches(console: Console, batches: Sequence[BatchResult], bandwidth: f
         )
     console.print(table)
     console.print(
-        "prefill, decode and ceiling in tokens/s over all sequences, TTFT and TPOT in ms. The ceiling is what the "
-        f"bytes of a decode step (weights, K and V) allow at {bandwidth / 1e9:.1f} GB/s, the read bandwidth measured "
-        "in this run; MBU is the share of it reached."
+        "prefill, decode and ceiling in tokens/s over all sequences, TTFT and TPOT in ms. Decode is measured as "
+        "generate runs it, TPOT as a stream does, token by token. The ceiling is what the bytes of a decode step "
+        f"(weights, K and V) allow at {bandwidth / 1e9:.1f} GB/s, the read bandwidth measured in this run; MBU is the "
+        "share of it reached."
     )
     if any(b.mbu(bandwidth) > 1 for b in batches):
         console.print("MBU above 100%: this model fits in the CPU's cache, so main memory is not its limit")
