@@ -64,7 +64,7 @@ gpu-check:
 
 # Each build is a copy of the package in build/; Python itself is not instrumented, so the runtime is preloaded. Python
 # never frees everything: leaks are watched by a test instead. What reads the machine code is left out.
-SANITIZED := tests/test_native_step.py tests/test_native_screen.py tests/test_native_kernels.py tests/test_native_sampling.py tests/test_native_robustness.py
+SANITIZED := tests/test_native_step.py tests/test_native_later_steps.py tests/test_native_screen.py tests/test_native_kernels.py tests/test_native_sampling.py tests/test_native_robustness.py
 define sanitized
 	ENGINE_REQUIRE_NATIVE=1 ENGINE_CXXFLAGS="-fsanitize=$(2) -fno-omit-frame-pointer -g1 -O1" $(BIN)/python setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
 	LD_PRELOAD="$$(g++ -print-file-name=lib$(3).so) $$(g++ -print-file-name=libstdc++.so)" $(4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -q -p no:cacheprovider -o pythonpath="build/$(1)/lib tests" -k "not registers and not instruction_set and not memory" $(SANITIZED) $(ARGS)
