@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
 #include "model.hpp"
@@ -20,33 +19,34 @@ class LaterSteps {
         positions_(first.positions, first.positions + first.num_tokens),
         context_lens_(first.context_lens, first.context_lens + first.num_sequences),
         draw_positions_(first.sampling.positions, first.sampling.positions + first.num_sequences),
-        previous_rows_(static_cast<size_t>(first.num_tokens)),
-        slots_(previous_rows_.size()) {
-    std::iota(previous_rows_.begin(), previous_rows_.end(), 0);
+        slots_(positions_.size()) {
+    batch_.num_steps = 1;
     batch_.num_copies = 0;
+    batch_.previous_rows = nullptr;
     batch_.positions = positions_.data();
     batch_.context_lens = context_lens_.data();
-    batch_.previous_rows = previous_rows_.data();
     batch_.slots = slots_.data();
     batch_.sampling.positions = draw_positions_.data();
   }
   LaterSteps(const LaterSteps&) = delete;
   LaterSteps& operator=(const LaterSteps&) = delete;
 
-  // Whether no step may follow these draws.
-  bool ends(const std::vector<int32_t>& drawn) const {
+  // Whether no step may follow these draws, one of every sequence.
+  bool ends(const int32_t* drawn) const {
     const int32_t* last = batch_.ending_ids + batch_.num_endings;
-    return std::any_of(drawn.begin(), drawn.end(),
+    return std::any_of(drawn, drawn + batch_.num_sequences,
                        [&](int32_t id) { return id < 0 || std::find(batch_.ending_ids, last, id) != last; });
   }
 
-  const Batch& next() {
+  // The step that runs these. The batch is the same object every time.
+  const Batch& next(const int32_t* drawn) {
+    batch_.token_ids = drawn;
     for (size_t s = 0; s < slots_.size(); ++s) {
-      const int64_t position = ++positions_[s], block = position / block_size_;
+      const int64_t position = ++positions_[s];
       ++context_lens_[s];
       ++draw_positions_[s];
       const int32_t* table = batch_.block_tables + static_cast<int64_t>(s) * batch_.table_width;
-      slots_[s] = table[block] * block_size_ + position % block_size_;
+      slots_[s] = table[position / block_size_] * block_size_ + position % block_size_;
     }
     return batch_;
   }
@@ -56,7 +56,6 @@ class LaterSteps {
   const int64_t block_size_;
   std::vector<int32_t> positions_, context_lens_;
   std::vector<uint32_t> draw_positions_;
-  std::vector<int32_t> previous_rows_;  // every sequence's own: it drew one token
   std::vector<int64_t> slots_;
 };
 

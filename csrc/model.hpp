@@ -67,9 +67,10 @@ class Model {
   int threads() const { return pool_.size(); }
 
   // Runs a step, and after it those that the batch asks for, in which every sequence goes on by the token that it drew.
-  // `between` is called before each of these. Returns how many ran. `logits` has [num_logits, vocab_size] floats, `draws`
-  // room for all steps. Throws std::invalid_argument for an index out of range, before anything is changed. Rows that
-  // cannot be drawn from are reported in `draws` if they are the first step's; a later step that has some did not run.
+  // `between` is called before each of these, and may use the model. Returns how many ran. `logits` has [num_logits,
+  // vocab_size] floats, `draws` room for all steps. Throws std::invalid_argument for an index out of range, before
+  // anything is changed. Rows that cannot be drawn from are reported in `draws` if they are the first step's; a later
+  // step that has some counts as not run.
   int64_t run(const Batch& batch, float* logits, const Draws& draws, const std::function<void()>& between);
 
  private:

@@ -25,33 +25,35 @@ int64_t blocks_for(int64_t context, int64_t block_size) { return (context + bloc
 }  // namespace
 
 int64_t Model::run(const Batch& first, float* logits, const Draws& draws, const std::function<void()>& between) {
-  Busy busy(busy_);
-  check(first);
-  const int64_t rows = first.sampling.num_rows;
-  const auto keep = [&](const int32_t* drawn) { last_drawn_.assign(drawn, drawn + rows); };
   step(first, logits, draws);
-  keep(draws.token_ids);
   if (first.num_steps == 1) return 1;
+  const int64_t rows = first.sampling.num_rows;
   LaterSteps later(first, config_.block_size);
   int64_t done = 1;
-  while (done < first.num_steps && !later.ends(last_drawn_)) {
+  for (const int32_t* drawn = draws.token_ids; done < first.num_steps && !later.ends(drawn); ++done) {
     between();
     const Draws here = draws.after(done * rows, first.sampling.num_logprobs);
-    step(later.next(), nullptr, here);
-    if (*std::min_element(here.token_ids, here.token_ids + rows) < 0) break;
-    keep(here.token_ids);
-    ++done;
+    step(later.next(drawn), nullptr, here);
+    if (*std::min_element(here.token_ids, here.token_ids + rows) < 0) {
+      Busy busy(busy_);
+      last_drawn_.assign(drawn, drawn + rows);
+      break;
+    }
+    drawn = here.token_ids;
   }
   return done;
 }
 
 void Model::step(const Batch& batch, float* logits, const Draws& draws) {
+  Busy busy(busy_);
+  check(batch);
   reserve(batch);
   copy_blocks(batch);
   pool_.run([&](Team& team, int thread) {
     run_layers(team, thread, batch);
     run_head(team, thread, batch, logits, draws);
   });
+  last_drawn_.assign(draws.token_ids, draws.token_ids + batch.sampling.num_rows);
 }
 
 void Model::check(const Batch& b) const {
@@ -67,7 +69,7 @@ void Model::check(const Batch& b) const {
     } else {
       check_range("token id", b.token_ids[t], 0, config_.vocab_size);
     }
-    check_range("position", b.positions[t], 0, config_.context_length - later);
+    check_range("position", b.positions[t], 0, config_.context_length);
     check_range("slot", b.slots[t], -1, num_blocks_ * config_.block_size);
   }
   check_range("first query start", b.query_starts[0], 0, 1);
@@ -75,7 +77,7 @@ void Model::check(const Batch& b) const {
   for (int64_t s = 0; s < b.num_sequences; ++s) {
     const int64_t begin = b.query_starts[s], end = b.query_starts[s + 1], length = b.context_lens[s];
     check_range("query start", end, begin, b.num_tokens + 1);
-    check_range("context length", length, 0, b.table_width * config_.block_size + 1 - later);
+    check_range("context length", length, 0, b.table_width * config_.block_size + 1);
     for (int64_t t = begin; t < end; ++t) check_range("position", b.positions[t], 0, length);
     for (int64_t i = 0; i < blocks_for(length + later, config_.block_size); ++i) {
       check_range("block", b.block_tables[s * b.table_width + i], 0, num_blocks_);
@@ -100,10 +102,16 @@ void Model::check_later(const Batch& b) const {
   const Sampling& s = b.sampling;
   bool plain = b.num_tokens == b.num_sequences && b.num_tokens == s.num_rows && !b.num_logits && !s.output_counts.starts;
   for (int64_t r = 0; plain && r < s.num_rows; ++r) plain = b.query_starts[r + 1] == r + 1 && s.draw_rows[r] == r;
-  if (plain) return;
-  throw std::invalid_argument("num_steps is " + std::to_string(b.num_steps) +
-                              ": several steps need one token of every sequence and a draw after it, in order, no "
-                              "logits and no penalties");
+  if (!plain) {
+    throw std::invalid_argument("num_steps is " + std::to_string(b.num_steps) +
+                                ": several steps need one token of every sequence and a draw after it, in order, no "
+                                "logits and no penalties");
+  }
+  const int64_t later = b.num_steps - 1, room = b.table_width * config_.block_size;
+  for (int64_t q = 0; q < b.num_sequences; ++q) {
+    check_range("position in the last step", b.positions[q] + later, 0, config_.context_length);
+    check_range("context length in the last step", b.context_lens[q] + later, 0, room + 1);
+  }
 }
 
 void Model::reserve(const Batch& b) {

@@ -181,7 +181,8 @@ class StepPlan:
         block_copies: (source, destination) blocks of the KV cache to copy before the step (copy on write).
         num_steps: how many steps may follow each other before anybody has to see what was drawn. In each later one
             every sequence runs the token that it drew in the one before; a backend may run fewer.
-        ending_ids: tokens that end a sequence, after which no further step may follow.
+        ending_ids: tokens that end a sequence. A backend that sees one drawn stops there; what it draws for that one
+            in further steps counts for nothing.
     """
 
     sequences: Sequence[SequencePlan]

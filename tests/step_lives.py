@@ -35,6 +35,16 @@ def decode(
     return d.backend.submit(batch)
 
 
+def several(d: Driver, running: Sequence[Running], options: Options = heat, count: int = 4) -> Any:
+    """Submit ``count`` steps of one token for each sequence in one batch."""
+    step = d.batch([(s, [5 + i]) for i, s in enumerate(running)], options(len(running)))
+    tables = np.zeros((len(running), max(len(s.blocks) for s in running)), np.int32)  # later steps read further
+    for row, s in enumerate(running):
+        tables[row, : len(s.blocks)] = s.blocks
+        s.done += count - 1
+    return d.backend.submit(replace(step, block_tables=tables, num_steps=count))
+
+
 def a_life(d: Driver) -> Iterator[tuple[Any, torch.Tensor]]:
     """Steps of every kind, and the cache after each: contexts grow, sequences come and go, tokens stay there."""
     a, b, c = d.sequence(149), d.sequence(40), d.sequence(40)
@@ -52,6 +62,8 @@ def a_life(d: Driver) -> Iterator[tuple[Any, torch.Tensor]]:
     yield after(d.run([(a, tokens(62, 3)), (b, [1])], greedy(2)))  # and 128 keys here
     yield after(d.backend.collect(decode(d, [c, a], greedy, [1, 0])))
     yield after(d.backend.collect(decode(d, [a], masked, [1])))
+    yield after(d.backend.collect(several(d, [b, c, a])))
+    yield after(d.backend.collect(decode(d, [c, a], greedy, [1, 2])))
 
 
 def first_difference(ours: Iterable[Any], theirs: Iterable[Any]) -> str | None:

@@ -1,12 +1,14 @@
 """The contract of a backend, on every backend of this machine, held to ``GPTModel``."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from models import random_weights, tiny_config
 from sampling_batches import neutral_sampling
 
-from engine.backends.base import Backend, Batch
+from engine.backends.base import Backend, Batch, Sparse
 from engine.backends.registry import BACKENDS, missing
 from engine.backends.torch_backend import TorchBackend
 from engine.checkpoints.canonical import to_reference
@@ -158,6 +160,33 @@ def test_several_steps_are_the_steps_one_by_one(name: str) -> None:
         return drawn
 
     assert run(4) == run(1)
+
+
+def test_several_steps_of_what_has_no_such_steps_are_refused(name: str) -> None:
+    config = CONFIGS["plain"]
+    one = raw_batch(
+        np.array([1], np.int32),
+        draw_rows=np.array([0], np.int32),
+        logits_rows=np.zeros(0, np.int32),
+        sampling=neutral_sampling(1),
+    )
+    counts = Sparse(np.array([0, 1], np.int32), np.array([4], np.int32), np.array([1], np.float32))
+    for changes, message in (
+        ({"num_steps": 0}, r"number of steps 0 is out of range: it must be in \[1, 65\)"),
+        ({"num_steps": 2, "logits_rows": np.array([0], np.int32)}, "num_steps is 2: several steps need one token"),
+        ({"num_steps": 2, "sampling": neutral_sampling(1, output_counts=counts)}, "num_steps is 2"),
+        (
+            {"num_steps": 64, "positions": np.array([1], np.int32), "context_lens": np.array([2], np.int32)},
+            r"position in the last step 64 is out of range: it must be in \[0, 64\)",
+        ),
+        (
+            {"num_steps": 60, "block_tables": np.array([[0]], np.int32)},
+            r"context length in the last step 60 is out of range: it must be in \[0, 5\)",
+        ),
+        ({"num_steps": 30, "block_tables": np.array([[0, 1, 2, 3, 4, 5, 6, 999]], np.int32)}, "block 999"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(config, name).submit(replace(one, **changes))
 
 
 def test_block_copies_and_unwritten_slots(name: str) -> None:

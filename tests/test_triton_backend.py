@@ -12,12 +12,13 @@ import pytest
 import torch
 from backend_driver import BLOCK, Driver, Running, greedy, quantised, random_weights, tokens
 from precision import BUDGET, TEXT, costs
+from sampling_batches import neutral_sampling
 
 from engine import LLM, optimize
 from engine.backends import registry
-from engine.backends.base import Batch
+from engine.backends.base import Batch, SamplingBatch
 from engine.backends.torch_backend import TorchBackend
-from engine.backends.triton_backend import TritonBackend, TritonInterpretBackend
+from engine.backends.triton_backend import MOST_STEPS, TritonBackend, TritonInterpretBackend
 from engine.checkpoints.canonical import to_reference
 from engine.checkpoints.load import load_checkpoint
 from engine.config import ModelConfig
@@ -245,6 +246,61 @@ def test_decode_is_five_launches_a_layer_and_three_outside(monkeypatch: pytest.M
         launched.clear()
         driver.run([(s, [1]) for s, _ in parts], options)
         assert launched == ["_embedding_kernel", *layer * MODEL.n_layers, *end]
+
+
+def decode(
+    driver: Driver, parts: Sequence[tuple[Running, Sequence[int]]], draw: SamplingBatch, num_steps: int
+) -> Batch:
+    """A step of several: with all the blocks that the later ones need."""
+    step = driver.batch(parts, draw)
+    tables = np.zeros((len(parts), max(len(s.blocks) for s, _ in parts)), np.int32)
+    for row, (s, _) in enumerate(parts):
+        tables[row, : len(s.blocks)] = s.blocks
+    return replace(step, block_tables=tables, num_steps=num_steps)
+
+
+def test_several_steps_are_queued_and_collected_together() -> None:
+    """The draws are those of steps one by one; one that cannot be drawn from comes again, as a first step."""
+    weights = random_weights(MODEL)
+    weights["pos_emb"][60 + 5] = float("nan")  # the longer sequence's position in the sixth step, past 64 keys
+    made = TritonInterpretBackend(MODEL, weights, dtype="float32", device="cpu", block_size=BLOCK)
+    made.allocate(60)
+    driver = Driver(made)
+
+    def options(step: int) -> SamplingBatch:
+        return neutral_sampling(
+            2, seeds=np.array([5, 6], np.uint64), positions=np.array([9, 30], np.uint32) + step, num_logprobs=2
+        )
+
+    def prompts() -> tuple[Running, Running]:
+        driver.release()
+        s, t = driver.sequence(20), driver.sequence(80)
+        driver.run([(s, tokens(7)), (t, tokens(60))], greedy(2))
+        return s, t
+
+    s, t = prompts()
+    outputs, last = [], [3, 4]
+    for step in range(5):
+        one = driver.batch([(s, last[:1]), (t, last[1:])], options(step))
+        if step == 0:  # a copy that came again would undo what this step writes
+            one = replace(one, block_copies=np.array([[t.blocks[0], s.blocks[0]]], np.int32))
+        outputs.append(made.collect(made.submit(one)))
+        last = outputs[-1].token_ids.tolist()
+    s, t = prompts()
+    several = decode(driver, [(s, [3]), (t, [4])], options(0), 9)
+    several = replace(several, block_copies=np.array([[t.blocks[0], s.blocks[0]]], np.int32))
+    together = made.collect(made.submit(several))
+    assert together.top_ids.shape == (10, 2)
+    for name in ("token_ids", "logprobs", "ranks", "top_ids", "top_logprobs"):
+        assert np.array_equal(getattr(together, name), np.concatenate([getattr(o, name) for o in outputs])), name
+    s.done, t.done = s.done + 4, t.done + 4
+    for _ in range(2):
+        with pytest.raises(ValueError, match="logits of drawn row 1 hold NaN"):
+            made.collect(made.submit(decode(driver, [(s, last[:1]), (t, last[1:])], options(5), 3)))
+        s.done, t.done = s.done - 1, t.done - 1
+    first = made.collect(made.submit(decode(driver, [(s, [3])], greedy(1), 9)))
+    assert len(first.token_ids) == MOST_STEPS
+    assert len(made._step.slots._free) == MOST_STEPS  # all of them came back, after errors too
 
 
 def test_new_weights_and_capacity() -> None:

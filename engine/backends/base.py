@@ -86,7 +86,8 @@ class Batch:
 
     Where every sequence has one token and a draw after it, ``num_steps`` may be above 1. A backend may then go on by
     itself, so that nobody has to look at a token before the next one is computed: each further step runs, for every
-    sequence, the token that it drew, one position on, with the same options. It may run fewer steps, or one.
+    sequence, the token that it drew, one position on, with the same options. It may run fewer steps, or one. It stops
+    after a step that draws one of ``ending_ids`` if it can see that before it begins the next.
     """
 
     token_ids: I32  # [T]
@@ -101,7 +102,7 @@ class Batch:
     previous_rows: I32 | None = None  # [T], >= 0: the token is row i of the step before, not token_ids; else -1
     block_copies: I32 | None = None  # [C, 2], blocks (source, destination) to copy before anything is written
     num_steps: int = 1  # steps to run, at most: see below
-    ending_ids: I32 | None = None  # [E], no step follows one that draws one of these
+    ending_ids: I32 | None = None  # [E], who draws one of these goes on in vain
 
 
 @dataclass(frozen=True, slots=True)

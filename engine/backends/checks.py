@@ -50,10 +50,14 @@ def check_batch(batch: Batch, model: ModelConfig, num_blocks: int, block_size: i
     """
     if len(batch.token_ids) == 0:
         raise ValueError("the batch has no tokens")
+    _check_range("number of steps", np.array([batch.num_steps]), 1, model.context_length + 1)
+    ahead = batch.num_steps - 1  # positions that every sequence goes on by
+    if ahead:
+        _check_several_steps(batch, ahead, model.context_length, block_size)
     _check_range("token id", batch.token_ids, 0, model.vocab_size)
     _check_range("position", batch.positions, 0, model.context_length)
     _check_range("slot", batch.slots, -1, num_blocks * block_size)
-    used = np.arange(batch.block_tables.shape[1]) < -(-batch.context_lens // block_size)[:, None]
+    used = np.arange(batch.block_tables.shape[1]) < -(-(batch.context_lens + ahead) // block_size)[:, None]
     _check_range("block", batch.block_tables[used], 0, num_blocks)
     for what, rows in (("drawn row", batch.draw_rows), ("logits row", batch.logits_rows)):
         _check_range(what, rows, 0, len(batch.token_ids))
@@ -61,6 +65,25 @@ def check_batch(batch: Batch, model: ModelConfig, num_blocks: int, block_size: i
         _check_range("row of the step before", batch.previous_rows, -1, num_drawn)
     if batch.block_copies is not None:
         _check_range("block to copy", batch.block_copies, 0, num_blocks)
+
+
+def _check_several_steps(batch: Batch, ahead: int, context_length: int, block_size: int) -> None:
+    rows = np.arange(len(batch.token_ids))
+    plain = (
+        len(batch.context_lens) == len(rows)
+        and np.array_equal(batch.query_starts[1:], rows + 1)
+        and np.array_equal(batch.draw_rows, rows)
+        and len(batch.logits_rows) == 0
+        and (batch.sampling is None or batch.sampling.output_counts is None)
+    )
+    if not plain:
+        raise ValueError(
+            f"num_steps is {batch.num_steps}: several steps need one token of every sequence and a draw after it, in "
+            "order, no logits and no penalties"
+        )
+    room = batch.block_tables.shape[1] * block_size
+    _check_range("position in the last step", batch.positions + ahead, 0, context_length)
+    _check_range("context length in the last step", batch.context_lens + ahead, 0, room + 1)
 
 
 def _check_range(what: str, values: npt.NDArray[np.integer], low: int, high: int) -> None:

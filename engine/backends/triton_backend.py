@@ -7,13 +7,14 @@ logits are in float32 whatever the storage type.
 64 weights of an output; "int4-g64" is another name) multiply in bfloat16, in which everything else is stored.
 """
 
+import itertools
 import logging
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,20 +29,22 @@ from engine.backends.checks import (
     check_no_threads,
     free_memory,
 )
+from engine.backends.later_steps import later_steps
 from engine.config import ModelConfig
 
 if TYPE_CHECKING:
     from engine.backends.triton_step import StepTensors
 
 MAX_WIDTH, MAX_HEAD_DIM = 8192, 256
+MOST_STEPS = 8  # that ``submit`` queues of a batch of several: what ends in the first goes on in vain to the last
 _log = logging.getLogger("engine.triton")
 
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A submitted step, on its way to the host."""
+    """Submitted steps, on their way to the host: one, or one and those that follow it."""
 
-    tensors: "StepTensors"
+    steps: "list[StepTensors]"
 
 
 class TritonBackend(Backend):
@@ -164,25 +167,44 @@ class TritonBackend(Backend):
         check_batch(batch, self._model, num_blocks, self._block_size, self._step.num_drawn)
         on_gpu = self._device.type == "cuda"
         with torch.inference_mode(), self.jit, torch.cuda.device(self._device) if on_gpu else nullcontext():
-            tensors = self._step.run(batch)
-            if tensors.packed is not None:
-                tensors.slot.download(tensors.packed)
-            tensors.slot.record()
-        return Handle(tensors)
+            steps = [self._queue(batch)]
+            count = min(batch.num_steps, MOST_STEPS) - 1
+            steps += [self._queue(later) for later in later_steps(batch, self._block_size, count)]
+        return Handle(steps)
+
+    def _queue(self, batch: Batch) -> "StepTensors":
+        """One step and the copy of what it draws to the host."""
+        tensors = self._step.run(batch)
+        if tensors.packed is not None:
+            tensors.slot.download(tensors.packed)
+        tensors.slot.record()
+        return tensors
 
     def collect(self, handle: Handle) -> StepOutput:
-        tensors, host = handle.tensors, {}
+        drawn = [self._downloaded(tensors) for tensors in handle.steps]
+        logits = handle.steps[0].logits
+        if not drawn[0]:
+            integers, floats = np.empty((0,), np.int32), np.empty((0,), np.float32)
+            return StepOutput(integers, floats, integers, integers[:, None], floats[:, None], logits)
+        _check_status(drawn[0]["status"])
+        # A later step that cannot be drawn from counts as not run: it comes again, as a first one.
+        good = list(itertools.takewhile(lambda step: not step["status"].any(), drawn))
+
+        def rows(name: str) -> Any:
+            return np.concatenate([step[name] for step in good])
+
+        return StepOutput(
+            rows("tokens"), rows("logprobs"), rows("ranks"), rows("top_ids"), rows("top_logprobs"), logits
+        )
+
+    def _downloaded(self, tensors: "StepTensors") -> dict[str, npt.NDArray[Any]]:
+        """What a step drew, once it is over; nothing where it drew nothing."""
+        host = {}
         if tensors.drawn is not None:
             tensors.slot.wait()
             host = tensors.slot.downloaded(tensors.drawn, tensors.num_drawn)
         self._step.slots.give(tensors.slot)  # without draws there is nothing to wait for: logits stay on the device
-        if not host:
-            integers, floats = np.empty((0,), np.int32), np.empty((0,), np.float32)
-            return StepOutput(integers, floats, integers, integers[:, None], floats[:, None], tensors.logits)
-        _check_status(host["status"])
-        return StepOutput(
-            host["tokens"], host["logprobs"], host["ranks"], host["top_ids"], host["top_logprobs"], tensors.logits
-        )
+        return host
 
 
 class TritonInterpretBackend(TritonBackend):

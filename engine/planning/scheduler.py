@@ -96,7 +96,7 @@ class Scheduler:
             self._running[sequence.seq_id] = sequence
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
-        """Take what a step gave. Sequences aborted since the plan was made are passed over."""
+        """Take what a step gave. Sequences that ended or were aborted since the plan was made are passed over."""
         events = []
         for part, drawn in zip(plan.sequences, result.drawn, strict=True):
             sequence = self._running.get(part.seq_id)
