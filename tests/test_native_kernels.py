@@ -189,14 +189,14 @@ VECTOR_TO_STACK = re.compile(r"\svmov\S+\s+%[yz]mm\d+,.*\(%r[sb]p")
 
 def test_attention_keeps_its_sums_in_registers(functions: list[str]) -> None:
     """One sum on the stack makes every token wait for the one before; single values may go there."""
-    attention = compiled(functions, "attend<")
+    attention = compiled(functions, r"attend(?:_dots)?<")
     spilling = [code.splitlines()[0] for code in attention if VECTOR_TO_STACK.search(code)]
     assert spilling == []
 
 
 def test_what_streams_is_fetched(functions: list[str]) -> None:
     """A compiler may drop a call that does nothing but fetch, as GCC 12 did: the same results, later."""
-    streaming = r"tile<[^(]*, [12]>\(|tile_sums<[^(]*Fetch\)[12]>\(|pair_sums<|write_cache\(|attend_one\("
+    streaming = r"tile<[^(]*, [12]>\(|tile_sums<[^(]*Fetch\)[12]>\(|pair_sums<|write_cache\(|attend_one\(|attend_dots<1>"
     without = [code.splitlines()[0] for code in compiled(functions, streaming) if "prefetch" not in code]
     assert without == []
 
