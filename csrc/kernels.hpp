@@ -65,8 +65,9 @@ struct Output {
 };
 
 // A block of the KV cache, of one layer: K and V of every head in turn. A head's K is [head_dim, block_lanes],
-// its lanes tokens, and its V [block_size, head_lanes]; or, in pairs, as tiles and vdpbf16ps take them, K is [head_dim / 2, block_lanes,
-// 2] and V [block_size / 2, head_lanes, 2], with head_dim and block_size rounded up to whole pairs or tiles.
+// its lanes tokens, and its V [block_size, head_lanes]; or, in pairs, as tiles and vdpbf16ps take them, K is
+// [head_dim / 2, block_lanes, 2] and V [block_size / 2, head_lanes, 2], with head_dim and block_size
+// rounded up to whole pairs or tiles.
 struct CacheShape {
   int64_t heads, head_dim, block_size;
   bool bf16;

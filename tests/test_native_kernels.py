@@ -196,7 +196,9 @@ def test_attention_keeps_its_sums_in_registers(functions: list[str]) -> None:
 
 def test_what_streams_is_fetched(functions: list[str]) -> None:
     """A compiler may drop a call that does nothing but fetch, as GCC 12 did: the same results, later."""
-    streaming = r"tile<[^(]*, [12]>\(|tile_sums<[^(]*Fetch\)[12]>\(|pair_sums<|write_cache\(|attend_one\(|attend_dots<1>"
+    streaming = (
+        r"tile<[^(]*, [12]>\(|tile_sums<[^(]*Fetch\)[12]>\(|pair_sums<|write_cache\(|attend_one\(|attend_dots<1>"
+    )
     without = [code.splitlines()[0] for code in compiled(functions, streaming) if "prefetch" not in code]
     assert without == []
 
