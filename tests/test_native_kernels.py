@@ -116,7 +116,8 @@ def test_int8_error_is_the_quantisation(rows: int, isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu"])
 def test_activations(activation: str, isa: str) -> None:
-    x = np.concatenate([np.linspace(-30, 30, 6001), [-1e4, 1e4, 1e-30, 0, -1e-3]]).astype(np.float32)[:, None]
+    ends = [-1e20, -1e4, 1e4, 1e20, 1e-30, 0, -1e-3]
+    x = np.concatenate([np.linspace(-30, 30, 6001), ends]).astype(np.float32)[:, None]
     got = torch.from_numpy(linear(x, np.ones((3, 1), np.float32), "float32", isa, activation))
     z = torch.from_numpy(x).double() + torch.linspace(-1, 1, 3).double()
     wanted = {
