@@ -109,6 +109,36 @@ def test_long_contexts_bit_for_bit(block: int, head_dim: int, dtype: str) -> Non
             start += size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_softmax_to_the_base_e(dtype: str) -> None:
+    """One token with a score of 3.5 ln 2 has as much weight as 128 with -3.5 ln 2, and the opposite V: nothing is left.
+
+    All numbers are exact in these precisions, so that a base that is off by a thousandth would show.
+    """
+    width = 32
+    sizes = {"vocab_size": 2, "embed_dim": width, "hidden_dim": 16, "context_length": 129}
+    config = tiny_config(**sizes, n_heads=1, n_layers=1, attn_scales=(np.log(2),))
+    weights = {name: torch.zeros_like(value) for name, value in random_weights(config).items()}
+    for name in ("norm1", "norm2"):
+        weights[f"blocks.0.{name}.weight"] += 1
+    weights["final_norm.weight"] += 1
+    pattern = torch.tensor([1.0, -1.0]).repeat(width // 2)
+    weights["tok_emb"][:] = torch.stack([pattern, -pattern])
+    weights["blocks.0.qkv.bias"][0] = 1
+    weights["blocks.0.qkv.weight"][width] = pattern * (3.5 / width)
+    weights["blocks.0.qkv.weight"][2 * width] = pattern / width
+    weights["blocks.0.proj.weight"][0, 0] = 64
+    weights["head"][0, 0] = 1
+    ids = [0] + [1] * 128
+    backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=16, threads=2)
+    backend.allocate(96)
+    got = logits_of(backend, [(0, 0, ids)], block=16)
+    with torch.no_grad():
+        wanted = to_reference(config, weights)(torch.tensor([ids]))[0]
+    assert wanted[-1, 0] == pytest.approx(-1, abs=1e-3)
+    assert (got - wanted)[-1].abs().max() < 0.01
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_smallest_numbers_bit_for_bit(dtype: str) -> None:
     """V so small that products with it are denormal, which tiles flush, in a model whose logits show it."""
