@@ -7,6 +7,9 @@
 #else
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -14,8 +17,12 @@
 namespace native {
 namespace {
 
-constexpr int kSpins = 2000;                             // about 50 us of pauses
-constexpr auto kYielding = std::chrono::milliseconds(2); // longer than Python needs between two steps
+using Clock = std::chrono::steady_clock;
+
+constexpr int kSpins = 100;                            // between two looks at the clock, about 2 us
+constexpr auto kAwake = std::chrono::milliseconds(2);  // longer than Python needs between two steps
+
+thread_local int this_thread = 0;  // in its pool; who calls a pool is its thread 0
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -45,16 +52,39 @@ Busy::Busy(std::atomic<long>& flag) : flag_(flag) {
   }
 }
 
-void Gate::wait_while(uint32_t old) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (word_.load(std::memory_order_acquire) != old) return;
-    pause();
+int Whereabouts::here() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return kNowhere;
+#endif
+}
+
+void Whereabouts::note() {
+  std::atomic<int>& noted = cpus_[this_thread];
+  const int cpu = here();
+  if (noted.load(std::memory_order_relaxed) != cpu) noted.store(cpu, std::memory_order_relaxed);
+}
+
+bool Whereabouts::shared() const {
+  const int cpu = here();
+  if (cpu == kNowhere) return true;
+  for (int thread = 0; thread < static_cast<int>(cpus_.size()); ++thread) {
+    if (thread != this_thread && cpus_[thread].load(std::memory_order_relaxed) == cpu) return true;
   }
-  const auto end = std::chrono::steady_clock::now() + kYielding;
+  return false;
+}
+
+void Gate::wait_while(uint32_t old, Whereabouts& whereabouts) {
+  const auto end = Clock::now() + kAwake;
   do {
-    if (word_.load(std::memory_order_acquire) != old) return;
-    std::this_thread::yield();  // lets whoever shares the core run
-  } while (std::chrono::steady_clock::now() < end);
+    for (int i = 0; i < kSpins; ++i) {
+      if (word_.load(std::memory_order_acquire) != old) return;
+      pause();
+    }
+    whereabouts.note();
+    if (whereabouts.shared()) std::this_thread::yield();
+  } while (Clock::now() < end);
   // The sleeper announces itself before it looks, the waker changes the word before it looks: one of them sees the
   // other, in the one order that sequential consistency gives.
   sleepers_.fetch_add(1);
@@ -74,13 +104,14 @@ void Gate::advance() {
 }
 
 void Team::barrier() {
+  whereabouts_.note();
   const uint32_t phase = gate_.value();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
     arrived_.store(0, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
     gate_.advance();
   } else {
-    gate_.wait_while(phase);
+    gate_.wait_while(phase, whereabouts_);
   }
 }
 
@@ -88,9 +119,10 @@ struct Pool::State {
   explicit State(int size) : team(size) {}
 
   void work(int thread) {
+    this_thread = thread;
     uint32_t seen = 0;
     for (;;) {
-      begin.wait_while(seen);
+      begin.wait_while(seen, team.whereabouts());
       ++seen;
       if (stop) return;
       function(context, team, thread);

@@ -223,6 +223,24 @@ except KeyboardInterrupt:
     assert run_in_process(code) == "interrupted\n"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_threads_that_share_a_cpu_pass_it_on() -> None:
+    """Without yields each barrier would last until the scheduler ends a time slice: a tenth of a second a step."""
+    code = """
+import os, time
+from native_steps import make, logits_of
+from models import tiny_config
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+backend = make(tiny_config(), threads=4)
+logits_of(backend, [(0, 0, [1, 2, 3])])
+start = time.perf_counter()
+for _ in range(100):
+    logits_of(backend, [(0, 0, [1, 2, 3])])
+print(time.perf_counter() - start < 3)
+"""
+    assert run_in_process(code) == "True\n"
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.skipif(native_backend._openmp_pause() is None, reason="no OpenMP 5.0")
 @pytest.mark.parametrize(("room", "ended"), [(0, 2), (1, 2), (2, 0)])

@@ -1,0 +1,89 @@
+"""A stream's steps while something else wants the CPUs: ``python -m benchmarks.beside``.
+
+Milliseconds of single decode steps of the native backend, as a server or ``LLM.stream`` runs them (back in Python after
+each): alone, beside an endless loop at nice 10 and at nice 0, beside a second stream in another process, and in a pool
+with twice as many threads as CPUs. All threads of a pool wait for its slowest one, so a step shows what the scheduler
+does to any of them. Printed are the median, the 90th percentile and the maximum of each of ``--repeats`` runs.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from engine.llm import LLM
+from engine.machine import usable_cpus
+from engine.messages import SamplingParams
+
+LOOP = "import os; os.nice({nice}); print('busy', flush=True)\nwhile True: pass"
+
+
+def load(args: argparse.Namespace, threads: int) -> LLM:
+    """The model, for one sequence."""
+    return LLM(args.model, backend="native", dtype=args.dtype, threads=threads, max_num_seqs=1)
+
+
+def milliseconds(llm: LLM, prompt: int, steps: int) -> np.ndarray:
+    """Wall time of each step after a prompt of ``prompt`` tokens."""
+    params = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)
+    request = llm.submit(list(range(1, prompt + 1)), params)
+    llm.step()
+    ends = [time.perf_counter()]
+    while not request.finished:
+        llm.step()
+        ends.append(time.perf_counter())
+    return np.diff(ends) * 1e3
+
+
+@contextmanager
+def process(*command: str) -> Iterator[None]:
+    """Something else that runs meanwhile; it prints a line once it is busy."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as other:
+        try:
+            assert other.stdout is not None
+            if not other.stdout.readline():
+                raise RuntimeError(f"{' '.join(command)} ended")
+            yield
+        finally:
+            other.kill()
+
+
+def show(args: argparse.Namespace, case: str, llm: LLM) -> None:
+    """Print a line of each run."""
+    for _ in range(args.repeats):
+        found = milliseconds(llm, args.prompt, args.steps)
+        p50, p90 = np.quantile(found, [0.5, 0.9])
+        print(f"{case:24} median {p50:7.3f}  p90 {p90:7.3f}  max {found.max():7.3f} ms", flush=True)
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="engine/data/demo", help="a checkpoint (default: the demo model)")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--steps", type=int, default=200, help="steps of a run")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each case")
+    parser.add_argument("--endless", action="store_true", help=argparse.SUPPRESS)  # what the second stream does
+    args = parser.parse_args()
+    llm = load(args, usable_cpus())
+    milliseconds(llm, args.prompt, args.steps)
+    if args.endless:
+        print("busy", flush=True)
+        while True:
+            milliseconds(llm, args.prompt, args.steps)
+    show(args, "alone", llm)
+    for nice in (10, 0):
+        with process(sys.executable, "-c", LOOP.format(nice=nice)):
+            show(args, f"beside a loop, nice {nice}", llm)
+    with process(sys.executable, "-m", "benchmarks.beside", "--endless", *sys.argv[1:]):
+        show(args, "beside a second stream", llm)
+    show(args, "twice as many threads", load(args, 2 * usable_cpus()))
+
+
+if __name__ == "__main__":
+    main()
