@@ -206,7 +206,9 @@ def test_a_row_has_the_same_bits_in_any_batch(k: int, dtype: torch.dtype, kind: 
         assert harness.same_bits(y, whole[first : first + rows])
 
 
-@pytest.mark.parametrize(("kind", "most"), [("float", 64), ("int8", 32), ("int4", 16)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("float", 64), ("int8", 32), pytest.param("int4", 16, marks=pytest.mark.slow)]
+)
 def test_a_normalised_row_has_the_same_bits_in_any_batch(kind: str, most: int) -> None:
     """Row blocks of 16 and of more rows, and one that is not full; with 4 rows or fewer, 4 are normalised at a time."""
     n, k, total, dtype = 600, 130, 300, torch.bfloat16

@@ -259,6 +259,7 @@ def decode(
     return replace(step, block_tables=tables, num_steps=num_steps)
 
 
+@pytest.mark.slow
 def test_several_steps_are_queued_and_collected_together() -> None:
     """The draws are those of steps one by one; one that cannot be drawn from comes again, as a first step."""
     weights = random_weights(MODEL)
