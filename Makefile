@@ -4,7 +4,7 @@
 # make test-fast        the edit-test loop: what takes more than a few seconds is left out
 # make lint             ruff and mypy
 # make sanitize         the native backend's tests under AddressSanitizer, UBSan and ThreadSanitizer (GCC, Linux)
-# make check-arm64      the native backend compiled for arm64 and run by qemu-aarch64, against its generic code
+# make check-platforms  csrc/ compiled for Linux and macOS on arm64 and for Windows; run where there are qemu-aarch64 and wine
 # make test-versions    the kernels under the oldest and the newest Triton that setup.py admits
 # make mutate           break the kernels on purpose; the tests must notice
 # make peers            environments with other engines, for python -m benchmarks.compare
@@ -18,7 +18,7 @@ WORKERS ?= 2
 ARGS ?=
 COMMA := ,
 
-.PHONY: bench peers test test-fast lint sanitize check-arm64 test-versions mutate manifest gpu-check clean
+.PHONY: bench peers test test-fast lint sanitize check-platforms test-versions mutate manifest gpu-check clean
 
 bench: .venv/.installed
 	$(BIN)/python -m engine.bench $(ARGS)
@@ -75,8 +75,9 @@ sanitize: .venv/.installed
 	$(call sanitized,asan,address$(COMMA)undefined,asan,ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1)
 	$(call sanitized,tsan,thread,tsan,TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1)
 
-check-arm64: .venv/.installed
-	$(BIN)/python -m pytest -q -rs tests/test_native_arm64.py
+check-platforms: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt pybind11 setuptools ziglang
+	$(BIN)/python -m pytest -q -rs tests/test_native_platforms.py $(ARGS)
 
 .venv/.installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'

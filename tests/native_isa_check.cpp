@@ -1,6 +1,6 @@
 // Every instruction set of this build against the generic one, without Python: for a CPU that is emulated.
 //
-//     make check-arm64        compiles csrc/ and this for arm64 and runs it in qemu
+//     make check-platforms        compiles csrc/ and this for other systems, and runs it where they are emulated
 //
 // A small model with odd sizes runs a prompt of many rows, chunks and single steps in every storage. Logits have to be
 // those of "generic" up to rounding, and within an instruction set the same bits however the tokens were cut.
@@ -62,7 +62,8 @@ Weights weights_of(const std::vector<std::string>& names) {
     };
     const bool bias = ends(".bias");
     if (name.find("norm") != std::string::npos) all.add(1, kWidth, 0.1f, bias ? 0.0f : 1.0f);
-    else if (name == "tok_emb" || name == "head") all.add(kVocab, kWidth, 0.3f, 0);
+    else if (name == "tok_emb") all.add(kVocab, kWidth, 0.3f, 0);
+    else if (name == "head") all.tensors.push_back(all.tensors[0]);  // tied to tok_emb, which comes first
     else if (name == "pos_emb") all.add(kContext, kWidth, 0.3f, 0);
     else if (ends("qkv.weight")) all.add(3 * kWidth, kWidth, 0.16f, 0);
     else if (ends("qkv.bias")) all.add(1, 3 * kWidth, 0.1f, 0);
@@ -116,7 +117,8 @@ std::vector<float> run(native::Model& model, int chunk, int32_t* token) {
     s.positions = s.sample_index = &position;
     float logprob;
     int32_t rank;
-    model.step(b, logits.data() + first * kVocab, {token, &logprob, &rank, nullptr, nullptr});
+    b.num_steps = 1;
+    model.run(b, logits.data() + first * kVocab, {token, &logprob, &rank, nullptr, nullptr}, {});
   }
   return logits;
 }
@@ -163,8 +165,11 @@ int main() {
     if (!isa.available || std::string(isa.name) == "generic") continue;
     check(isa.name, Storage::f32, "f32", 1e-4);
     check(isa.name, Storage::bf16, "bf16", 0.05);  // some instruction sets round activations, too
-    check(isa.name, Storage::s8, "s8", 0.05);      // where an activation is rounded the other way
-    check(isa.name, Storage::s4, "s4", 0.05);
+    // Where an activation is rounded the other way; with queries and attention's weights in bf16 more of them are.
+    const std::string name = isa.name;
+    const double flips = name == "avx512_bf16" || name == "amx" ? 0.25 : 0.05;
+    check(isa.name, Storage::s8, "s8", flips);
+    check(isa.name, Storage::s4, "s4", flips);
   }
   std::printf("%d failures\n", failures);
   return failures != 0;
