@@ -71,7 +71,7 @@ def test_int8_sums_are_exact(rows: int, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", GROUPS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11, 13, 23, 25, 40])
 def test_int4_sums_are_exact(rows: int, dtype: str, isa: str) -> None:
     """Weights -8..7 with a -8 in every group, so that the scale is 1: integer sums again, extremes included."""
     generator = np.random.default_rng(rows)
@@ -179,9 +179,13 @@ def compiled(functions: list[str], name: str) -> list[str]:
 
 
 def test_tiles_keep_their_sums_in_registers(functions: list[str]) -> None:
-    """No tile of a vector instruction set moves a vector to or from the stack, those that cannot run here included."""
-    tiles = compiled(functions, "(?:widening_)?tile<")
+    """No tile of a vector instruction set moves a vector to or from the stack, those that cannot run here included.
+
+    AVX2's tiles of groups with five and six rows do, once a group: faster than four rows all the same."""
+    tiles = compiled(functions, "(?:widening_|group_)?tile<")
+    few = re.compile(r"native::avx2\w*::group_tile<.*, [56], (?:true|false)>")
     spilling = [tile.splitlines()[0] for tile in tiles if VECTOR_ON_STACK.search(tile)]
+    spilling = [name for name in spilling if not few.search(name)]
     assert spilling == []
 
 
@@ -197,9 +201,8 @@ def test_attention_keeps_its_sums_in_registers(functions: list[str]) -> None:
 
 def test_what_streams_is_fetched(functions: list[str]) -> None:
     """A compiler may drop a call that does nothing but fetch, as GCC 12 did: the same results, later."""
-    streaming = (
-        r"tile<[^(]*, [12]>\(|tile_sums<[^(]*Fetch\)[12]>\(|pair_sums<|write_cache\(|attend_one\(|attend_dots<1>"
-    )
+    streaming = r"tile<[^(]*, [12]>\(|group_tile<[^(]*, true>\(|tile_sums<[^(]*Fetch\)[12]>\("
+    streaming += r"|pair_sums<|write_cache\(|attend_one\(|attend_dots<1>"
     without = [code.splitlines()[0] for code in compiled(functions, streaming) if "prefetch" not in code]
     assert without == []
 
