@@ -1,9 +1,10 @@
 """A stream's steps while something else wants the CPUs: ``python -m benchmarks.beside``.
 
 Milliseconds of single decode steps of the native backend, as a server or ``LLM.stream`` runs them (back in Python after
-each): alone, beside an endless loop at nice 10 and at nice 0, beside a second stream in another process, and in a pool
-with twice as many threads as CPUs. All threads of a pool wait for its slowest one, so a step shows what the scheduler
-does to any of them. Printed are the median, the 90th percentile and the maximum of each of ``--repeats`` runs.
+each): alone, and 5 ms apart; beside an endless loop at nice 10 and at nice 0; beside a second stream in another
+process, and in turns with one in this process; in a pool with twice as many threads as CPUs. All threads of a pool wait
+for its slowest one, so a step shows what the scheduler does to any of them. Printed are the median, the 90th percentile
+and the maximum of each of ``--repeats`` runs.
 """
 
 import argparse
@@ -27,16 +28,21 @@ def load(args: argparse.Namespace, threads: int) -> LLM:
     return LLM(args.model, backend="native", dtype=args.dtype, threads=threads, max_num_seqs=1)
 
 
-def milliseconds(llm: LLM, prompt: int, steps: int) -> np.ndarray:
-    """Wall time of each step after a prompt of ``prompt`` tokens."""
-    params = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)
-    request = llm.submit(list(range(1, prompt + 1)), params)
-    llm.step()
-    ends = [time.perf_counter()]
-    while not request.finished:
+def milliseconds(args: argparse.Namespace, *llms: LLM, apart: float = 0.0) -> np.ndarray:
+    """Wall time of each step after a prompt, of models that take turns, ``apart`` seconds after the step before."""
+    params = SamplingParams(temperature=0.0, max_tokens=args.steps + 1, ignore_eos=True)
+    requests = [llm.submit(list(range(1, args.prompt + 1)), params) for llm in llms]
+    for llm in llms:
         llm.step()
-        ends.append(time.perf_counter())
-    return np.diff(ends) * 1e3
+    found = []
+    while not requests[-1].finished:
+        for llm in llms:
+            if apart:
+                time.sleep(apart)
+            start = time.perf_counter()
+            llm.step()
+            found.append(time.perf_counter() - start)
+    return np.array(found) * 1e3
 
 
 @contextmanager
@@ -52,10 +58,10 @@ def process(*command: str) -> Iterator[None]:
             other.kill()
 
 
-def show(args: argparse.Namespace, case: str, llm: LLM) -> None:
+def show(args: argparse.Namespace, case: str, *llms: LLM, apart: float = 0.0) -> None:
     """Print a line of each run."""
     for _ in range(args.repeats):
-        found = milliseconds(llm, args.prompt, args.steps)
+        found = milliseconds(args, *llms, apart=apart)
         p50, p90 = np.quantile(found, [0.5, 0.9])
         print(f"{case:24} median {p50:7.3f}  p90 {p90:7.3f}  max {found.max():7.3f} ms", flush=True)
 
@@ -71,17 +77,19 @@ def main() -> None:
     parser.add_argument("--endless", action="store_true", help=argparse.SUPPRESS)  # what the second stream does
     args = parser.parse_args()
     llm = load(args, usable_cpus())
-    milliseconds(llm, args.prompt, args.steps)
+    milliseconds(args, llm)
     if args.endless:
         print("busy", flush=True)
         while True:
-            milliseconds(llm, args.prompt, args.steps)
+            milliseconds(args, llm)
     show(args, "alone", llm)
+    show(args, "5 ms apart", llm, apart=0.005)
     for nice in (10, 0):
         with process(sys.executable, "-c", LOOP.format(nice=nice)):
             show(args, f"beside a loop, nice {nice}", llm)
     with process(sys.executable, "-m", "benchmarks.beside", "--endless", *sys.argv[1:]):
         show(args, "beside a second stream", llm)
+    show(args, "two models in turns", llm, load(args, usable_cpus()))
     show(args, "twice as many threads", load(args, 2 * usable_cpus()))
 
 

@@ -19,10 +19,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kSpins = 100;                            // between two looks at the clock, about 2 us
+constexpr int kSpins = 100;                            // between two looks at the clock: 1 to 4 us on x86
 constexpr auto kAwake = std::chrono::milliseconds(2);  // longer than Python needs between two steps
-
-thread_local int this_thread = 0;  // in its pool; who calls a pool is its thread 0
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -31,6 +29,69 @@ void pause() {
   asm volatile("yield");
 #endif
 }
+
+int current_cpu() {  // or -1
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// The CPUs on which the threads of this process's pools were last seen, those that call a pool included.
+constexpr int kMostThreads = 1024;
+std::atomic<bool> taken[kMostThreads] = {};
+std::atomic<int> seen_on[kMostThreads] = {};  // 1 + the CPU; 0 is nowhere
+std::atomic<int> places_used{0};              // at most
+
+// A thread's place in that table.
+class Place {
+ public:
+  Place() {
+    for (int i = 0; i < kMostThreads && index_ < 0; ++i) {
+      bool is_taken = false;
+      if (taken[i].compare_exchange_strong(is_taken, true)) index_ = i;
+    }
+    int used = places_used.load();
+    while (used <= index_ && !places_used.compare_exchange_weak(used, index_ + 1)) {
+    }
+  }
+  ~Place() {
+    if (index_ < 0) return;
+    seen_on[index_].store(0, std::memory_order_relaxed);
+    taken[index_].store(false);
+  }
+  void note() const { set(current_cpu() + 1); }
+  void leave() const { set(0); }  // goes to sleep, and may come back elsewhere
+
+  // Whether another thread was last seen on this CPU, or no one can say.
+  bool shared() const {
+    const int here = current_cpu() + 1;
+    if (here == 0 || index_ < 0) return true;
+    const int used = places_used.load(std::memory_order_relaxed);
+    for (int i = 0; i < used; ++i) {
+      if (i != index_ && seen_on[i].load(std::memory_order_relaxed) == here) return true;
+    }
+    return false;
+  }
+
+  void forget_the_others() const {
+    for (int i = 0; i < kMostThreads; ++i) {
+      if (i != index_) seen_on[i].store(0, std::memory_order_relaxed);
+    }
+  }
+
+ private:
+  void set(int seen) const {
+    if (index_ >= 0 && seen_on[index_].load(std::memory_order_relaxed) != seen) {
+      seen_on[index_].store(seen, std::memory_order_relaxed);
+    }
+  }
+
+  int index_ = -1;
+};
+
+thread_local const Place place;
 
 }  // namespace
 
@@ -52,46 +113,25 @@ Busy::Busy(std::atomic<long>& flag) : flag_(flag) {
   }
 }
 
-int Whereabouts::here() {
-#if defined(__linux__)
-  return sched_getcpu();
-#else
-  return kNowhere;
-#endif
-}
-
-void Whereabouts::note() {
-  std::atomic<int>& noted = cpus_[this_thread];
-  const int cpu = here();
-  if (noted.load(std::memory_order_relaxed) != cpu) noted.store(cpu, std::memory_order_relaxed);
-}
-
-bool Whereabouts::shared() const {
-  const int cpu = here();
-  if (cpu == kNowhere) return true;
-  for (int thread = 0; thread < static_cast<int>(cpus_.size()); ++thread) {
-    if (thread != this_thread && cpus_[thread].load(std::memory_order_relaxed) == cpu) return true;
-  }
-  return false;
-}
-
-void Gate::wait_while(uint32_t old, Whereabouts& whereabouts) {
+void Gate::wait_while(uint32_t old) {
   const auto end = Clock::now() + kAwake;
   do {
     for (int i = 0; i < kSpins; ++i) {
       if (word_.load(std::memory_order_acquire) != old) return;
       pause();
     }
-    whereabouts.note();
-    if (whereabouts.shared()) std::this_thread::yield();
+    place.note();
+    if (sleepers_.load(std::memory_order_relaxed) > 0 || place.shared()) std::this_thread::yield();
   } while (Clock::now() < end);
   // The sleeper announces itself before it looks, the waker changes the word before it looks: one of them sees the
   // other, in the one order that sequential consistency gives.
   sleepers_.fetch_add(1);
+  place.leave();
   {
     std::unique_lock<std::mutex> lock(mutex_);
     wake_.wait(lock, [&] { return word_.load() != old; });
   }
+  place.note();
   sleepers_.fetch_sub(1);
 }
 
@@ -104,14 +144,14 @@ void Gate::advance() {
 }
 
 void Team::barrier() {
-  whereabouts_.note();
+  place.note();
   const uint32_t phase = gate_.value();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
     arrived_.store(0, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
     gate_.advance();
   } else {
-    gate_.wait_while(phase, whereabouts_);
+    gate_.wait_while(phase);
   }
 }
 
@@ -119,10 +159,9 @@ struct Pool::State {
   explicit State(int size) : team(size) {}
 
   void work(int thread) {
-    this_thread = thread;
     uint32_t seen = 0;
     for (;;) {
-      begin.wait_while(seen, team.whereabouts());
+      begin.wait_while(seen);
       ++seen;
       if (stop) return;
       function(context, team, thread);
@@ -131,7 +170,7 @@ struct Pool::State {
   }
 
   Team team;
-  Gate begin;
+  Gate begin{team.sleepers_};
   Function function = nullptr;
   void* context = nullptr;
   bool stop = false;
@@ -159,7 +198,9 @@ std::unique_ptr<Pool::State> Pool::make() const {
 
 void Pool::forget_if_forked() {
   // The parent's threads do not exist here and its locks may be held for ever, so the old state cannot be destroyed.
-  if (state_ && state_->owner != process_id()) (void)state_.release();
+  if (!state_ || state_->owner == process_id()) return;
+  (void)state_.release();
+  place.forget_the_others();
 }
 
 Pool::~Pool() {
@@ -175,6 +216,7 @@ void Pool::start(Function function, void* context) {
   if (!state_) state_ = make();
   state_->function = function;
   state_->context = context;
+  place.note();
   state_->begin.advance();
   function(context, state_->team, 0);
   state_->team.barrier();

@@ -28,34 +28,20 @@ class Busy {
   std::atomic<long>& flag_;  // the process that holds it, or 0
 };
 
-// The CPU on which each thread of a pool was last seen, for those who wait: does another thread need the one they are on?
-class Whereabouts {
- public:
-  explicit Whereabouts(int threads) : cpus_(threads) {
-    for (auto& cpu : cpus_) cpu.store(kNowhere, std::memory_order_relaxed);
-  }
-  void note();          // the calling thread is here
-  bool shared() const;  // another thread was last seen here, or the system does not say where "here" is
-
- private:
-  static constexpr int kNowhere = -1;
-  static int here();
-
-  std::vector<std::atomic<int>> cpus_;
-};
-
-// Waits until a word is no longer `old`: spins, then sleeps. While it spins, it yields the CPU to threads of its own pool,
-// and to them alone: Linux from 6.18 on takes a yield for a slice of time that is not wanted, so whatever else comes to
-// that CPU for a moment keeps it for 3 ms, in which the whole pool waits.
+// Waits until a word is no longer `old`: spins, then sleeps. While it spins it yields the CPU where a thread of this
+// process's pools was last seen on the same one, or one of its own pool is being woken and may come there, and not
+// otherwise: Linux from 6.18 on takes a yield for a slice of time that is not wanted, so whatever else comes to that CPU for
+// a moment keeps it for 3 ms, in which the whole pool waits. Where the system does not say which CPU this is, it yields.
 class Gate {
  public:
+  explicit Gate(std::atomic<int>& sleepers) : sleepers_(sleepers) {}
   uint32_t value() const { return word_.load(std::memory_order_acquire); }
-  void wait_while(uint32_t old, Whereabouts& whereabouts);
+  void wait_while(uint32_t old);
   void advance();  // changes the word and wakes the sleepers
 
  private:
   std::atomic<uint32_t> word_{0};
-  std::atomic<int> sleepers_{0};
+  std::atomic<int>& sleepers_;  // of all gates of a pool
   std::mutex mutex_;
   std::condition_variable wake_;
 };
@@ -63,7 +49,7 @@ class Gate {
 // What a job sees of the threads that run it.
 class Team {
  public:
-  explicit Team(int size) : size_(size), whereabouts_(size) {}
+  explicit Team(int size) : size_(size) {}
   int size() const { return size_; }
 
   // Calls body(begin, end) for pieces of [0, count) on whichever thread is free, then waits for all threads. A piece is
@@ -80,14 +66,15 @@ class Team {
     barrier();
   }
   void barrier();
-  Whereabouts& whereabouts() { return whereabouts_; }
 
  private:
+  friend class Pool;
+
   const int size_;
-  Whereabouts whereabouts_;
+  std::atomic<int> sleepers_{0};
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) Gate gate_;
+  alignas(64) Gate gate_{sleepers_};
 };
 
 class Pool {

@@ -87,6 +87,16 @@ def test_int4_sums_are_exact(rows: int, dtype: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_a_row_has_the_same_bits_among_any_number(dtype: str, isa: str) -> None:
+    """Every number of rows up to two tiles and more: whatever cuts it into tiles leaves none out."""
+    x, w = uniform(1, 45, 200), uniform(2, 60, 200)
+    alone = np.concatenate([linear(x[row : row + 1], w, dtype, isa) for row in range(len(x))])
+    for rows in range(2, len(x) + 1):
+        assert np.array_equal(linear(x[:rows], w, dtype, isa), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", GROUPS)
 def test_int4_weights_are_near(dtype: str, isa: str) -> None:
     """Read back with unit vectors. The error of a group is that of nibbles whose last place is its largest magnitude,

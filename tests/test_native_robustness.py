@@ -1,6 +1,8 @@
 """The native backend under bad input, forks, threads, exceptions, long runs: no crashes, hangs or leaks."""
 
 import os
+import shutil
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -239,6 +241,44 @@ for _ in range(100):
 print(time.perf_counter() - start < 3)
 """
     assert run_in_process(code) == "True\n"
+
+
+YIELDS = """
+#include <sys/syscall.h>
+#include <unistd.h>
+long yields = 0;
+int sched_yield(void) { __atomic_fetch_add(&yields, 1, __ATOMIC_RELAXED); return syscall(SYS_sched_yield); }
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or usable_cpus() < 2, reason="needs Linux and two CPUs")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+@pytest.mark.parametrize("apart", [True, False])
+def test_who_waits_yields_only_where_its_own_threads_are(apart: bool, tmp_path: Path) -> None:
+    """Two threads on two CPUs, or on one: a library before libc counts the yields of steps with pauses between them."""
+    (tmp_path / "yields.c").write_text(YIELDS, encoding="ascii")
+    library = tmp_path / "yields.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", str(tmp_path / "yields.c"), "-o", str(library)], check=True)
+    code = f"""
+import ctypes, os, time
+from native_steps import make, logits_of
+from models import tiny_config
+first, second, *_ = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, [second])
+backend = make(tiny_config(), threads=2)  # the second thread inherits this CPU
+os.sched_setaffinity(0, [first if {apart} else second])
+yields = ctypes.c_long.in_dll(ctypes.CDLL({str(library)!r}), "yields")
+fewest = 1e9  # of a step and the pause after it: another process may come between
+for _ in range(21):
+    logits_of(backend, [(0, 0, [1, 2, 3])])
+    before = yields.value
+    logits_of(backend, [(0, 0, [1, 2, 3])])
+    time.sleep(0.0005)
+    fewest = min(fewest, yields.value - before)
+print(fewest)
+"""
+    before_libc = f"{os.environ.get('LD_PRELOAD', '')} {library}"
+    assert (int(run_in_process(code, LD_PRELOAD=before_libc)) == 0) == apart
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
