@@ -2,13 +2,12 @@
 
 #include <chrono>
 
+#include "place.hpp"
+
 #if defined(_WIN32)
 #include <process.h>
 #else
 #include <unistd.h>
-#endif
-#if defined(__linux__)
-#include <sched.h>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -29,67 +28,6 @@ void pause() {
   asm volatile("yield");
 #endif
 }
-
-int current_cpu() {  // or -1
-#if defined(__linux__)
-  return sched_getcpu();
-#else
-  return -1;
-#endif
-}
-
-// The CPUs on which the threads of this process's pools were last seen, those that call a pool included.
-constexpr int kMostThreads = 1024;
-std::atomic<bool> taken[kMostThreads] = {};
-std::atomic<int> seen_on[kMostThreads] = {};  // 1 + the CPU; 0 is nowhere
-std::atomic<int> places_used{0};              // at most
-
-// A thread's place in that table.
-class Place {
- public:
-  Place() {
-    for (int i = 0; i < kMostThreads && index_ < 0; ++i) {
-      bool is_taken = false;
-      if (taken[i].compare_exchange_strong(is_taken, true)) index_ = i;
-    }
-    int used = places_used.load();
-    while (used <= index_ && !places_used.compare_exchange_weak(used, index_ + 1)) {
-    }
-  }
-  ~Place() {
-    if (index_ < 0) return;
-    seen_on[index_].store(0, std::memory_order_relaxed);
-    taken[index_].store(false);
-  }
-  void note() const { set(current_cpu() + 1); }
-  void leave() const { set(0); }  // goes to sleep, and may come back elsewhere
-
-  // Whether another thread was last seen on this CPU, or no one can say.
-  bool shared() const {
-    const int here = current_cpu() + 1;
-    if (here == 0 || index_ < 0) return true;
-    const int used = places_used.load(std::memory_order_relaxed);
-    for (int i = 0; i < used; ++i) {
-      if (i != index_ && seen_on[i].load(std::memory_order_relaxed) == here) return true;
-    }
-    return false;
-  }
-
-  void forget_the_others() const {
-    for (int i = 0; i < kMostThreads; ++i) {
-      if (i != index_) seen_on[i].store(0, std::memory_order_relaxed);
-    }
-  }
-
- private:
-  void set(int seen) const {
-    if (index_ >= 0 && seen_on[index_].load(std::memory_order_relaxed) != seen) {
-      seen_on[index_].store(seen, std::memory_order_relaxed);
-    }
-  }
-
-  int index_ = -1;
-};
 
 thread_local const Place place;
 
