@@ -76,7 +76,7 @@ sanitize: .venv/.installed
 	$(call sanitized,tsan,thread,tsan,TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1)
 
 check-platforms: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt pybind11 setuptools ziglang
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt pybind11 ziglang
 	$(BIN)/python -m pytest -q -rs tests/test_native_platforms.py $(ARGS)
 
 .venv/.installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)

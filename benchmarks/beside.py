@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from engine.llm import LLM
+from engine.llm import DEMO_MODEL, LLM
 from engine.machine import usable_cpus
 from engine.messages import SamplingParams
 
@@ -66,16 +66,17 @@ def show(args: argparse.Namespace, case: str, *llms: LLM, apart: float = 0.0) ->
         print(f"{case:24} median {p50:7.3f}  p90 {p90:7.3f}  max {found.max():7.3f} ms", flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="engine/data/demo", help="a checkpoint (default: the demo model)")
+    parser.add_argument("--model", default=str(DEMO_MODEL), help="a checkpoint (default: the demo model)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=200, help="steps of a run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each case")
     parser.add_argument("--endless", action="store_true", help=argparse.SUPPRESS)  # what the second stream does
-    args = parser.parse_args()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
     llm = load(args, usable_cpus())
     milliseconds(args, llm)
     if args.endless:
@@ -87,7 +88,7 @@ def main() -> None:
     for nice in (10, 0):
         with process(sys.executable, "-c", LOOP.format(nice=nice)):
             show(args, f"beside a loop, nice {nice}", llm)
-    with process(sys.executable, "-m", "benchmarks.beside", "--endless", *sys.argv[1:]):
+    with process(sys.executable, "-m", "benchmarks.beside", "--endless", *arguments):
         show(args, "beside a second stream", llm)
     show(args, "two models in turns", llm, load(args, usable_cpus()))
     show(args, "twice as many threads", load(args, 2 * usable_cpus()))

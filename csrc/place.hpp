@@ -32,10 +32,10 @@ class Place {
   void note() const { set(here()); }
   void leave() const { set(kNowhere); }  // goes to sleep, and may come back elsewhere
 
-  // Whether another thread was last seen on this CPU, or no one can say.
+  // Whether another thread was last seen where this one was, or no one can say.
   bool shared() const {
-    const int cpu = here();
-    if (cpu == kNowhere || index_ < 0) return true;
+    const int cpu = index_ < 0 ? kNowhere : seen_on_[index_].load(std::memory_order_relaxed);
+    if (cpu == kNowhere) return true;
     const int used = used_.load(std::memory_order_relaxed);
     for (int i = 0; i < used; ++i) {
       if (i != index_ && seen_on_[i].load(std::memory_order_relaxed) == cpu) return true;

@@ -94,7 +94,7 @@ void Team::barrier() {
 }
 
 struct Pool::State {
-  explicit State(int size) : team(size) {}
+  explicit State(int size) : team(size, sleepers) {}
 
   void work(int thread) {
     uint32_t seen = 0;
@@ -107,8 +107,9 @@ struct Pool::State {
     }
   }
 
+  std::atomic<int> sleepers{0};
   Team team;
-  Gate begin{team.sleepers_};
+  Gate begin{sleepers};
   Function function = nullptr;
   void* context = nullptr;
   bool stop = false;

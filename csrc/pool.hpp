@@ -49,7 +49,7 @@ class Gate {
 // What a job sees of the threads that run it.
 class Team {
  public:
-  explicit Team(int size) : size_(size) {}
+  Team(int size, std::atomic<int>& sleepers) : size_(size), gate_(sleepers) {}
   int size() const { return size_; }
 
   // Calls body(begin, end) for pieces of [0, count) on whichever thread is free, then waits for all threads. A piece is
@@ -68,13 +68,10 @@ class Team {
   void barrier();
 
  private:
-  friend class Pool;
-
   const int size_;
-  std::atomic<int> sleepers_{0};
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) Gate gate_{sleepers_};
+  alignas(64) Gate gate_;
 };
 
 class Pool {
