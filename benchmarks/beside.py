@@ -42,6 +42,8 @@ def milliseconds(args: argparse.Namespace, *llms: LLM, apart: float = 0.0) -> np
             start = time.perf_counter()
             llm.step()
             found.append(time.perf_counter() - start)
+    if len(found) != args.steps * len(llms):
+        raise SystemExit(f"a prompt of {args.prompt} and {args.steps} steps are longer than the model's context")
     return np.array(found) * 1e3
 
 
@@ -77,6 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--endless", action="store_true", help=argparse.SUPPRESS)  # what the second stream does
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
+    for name in ("prompt", "steps", "repeats"):
+        if (value := getattr(args, name)) < 1:
+            parser.error(f"--{name} must be at least 1, not {value}")
     llm = load(args, usable_cpus())
     milliseconds(args, llm)
     if args.endless:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import chart, checkpoint, compare, engines, footprint, make_peers
+from benchmarks import beside, chart, checkpoint, compare, engines, footprint, make_peers
 from engine.bench.presets import random_weights
 from engine.checkpoints.load import load_checkpoint
 
@@ -128,6 +128,22 @@ def test_a_tiny_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(row["tokens_per_s"] > 0 and row["share_of_limit"] > 0 for row in result["rows"])
     assert [line for line in printed if line.startswith("skipped")] == ["skipped vllm: not installed"]
     assert result["versions"]["transformers"].keys() == {"transformers", "torch"}
+
+
+@needs_native
+@pytest.mark.slow
+def test_a_tiny_beside(capsys: pytest.CaptureFixture[str]) -> None:
+    beside.main(["--dtype", "float32", "--prompt", "8", "--steps", "5", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    cases = ["alone", "5 ms apart", "beside a loop, nice 10", "beside a loop, nice 0", "beside a second stream"]
+    cases += ["two models in turns", "twice as many threads"]
+    assert [line.partition("median")[0].strip() for line in lines] == cases
+    assert all(float(line.split("median")[1].split()[0]) > 0 for line in lines)
+    with pytest.raises(SystemExit, match="a prompt of 500 and 20 steps are longer than the model's context"):
+        beside.main(["--dtype", "float32", "--prompt", "500", "--steps", "20"])
+    with pytest.raises(SystemExit):
+        beside.main(["--steps", "0"])
+    assert "--steps must be at least 1, not 0" in capsys.readouterr().err
 
 
 @needs_native
