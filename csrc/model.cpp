@@ -133,6 +133,10 @@ void Model::update(const std::vector<Tensor>& tensors) {
 }
 
 void Model::allocate(int64_t num_blocks) {
+  const int64_t most = (int64_t{1} << 60) / block_bytes();
+  if (num_blocks < 0 || num_blocks > most) {
+    refuse("num_blocks is " + std::to_string(num_blocks) + ": it must be in [0, " + std::to_string(most) + "]");
+  }
   Busy busy(busy_);
   cache_ = Buffer();  // the old one goes before the new one comes
   num_blocks_ = 0;

@@ -16,12 +16,21 @@ namespace {
 
 using namespace native;
 
+std::string text(const py::handle& object) { return py::str(object).cast<std::string>(); }
+
+// An array's dtype and whether it is contiguous, of something else the type.
+std::string described(const py::handle& object) {
+  if (!py::isinstance<py::array>(object)) return text(py::type::of(object));
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  return (array.flags() & py::array::c_style ? "one of " : "one that is not contiguous, of ") + text(array.dtype());
+}
+
 // The data of a contiguous array of T with `count` elements (any number if negative).
 template <class T>
 const T* data_of(const py::handle& object, const char* what, int64_t count) {
   if (!py::isinstance<py::array_t<T, py::array::c_style>>(object)) {
-    throw std::invalid_argument(std::string(what) + " must be a contiguous array of " +
-                                py::str(py::dtype::of<T>()).cast<std::string>());
+    throw std::invalid_argument(std::string(what) + " must be a contiguous array of " + text(py::dtype::of<T>()) +
+                                ", got " + described(object));
   }
   const auto array = py::reinterpret_borrow<py::array>(object);
   if (count >= 0 && array.size() != count) {
@@ -31,7 +40,12 @@ const T* data_of(const py::handle& object, const char* what, int64_t count) {
   return static_cast<const T*>(array.data());
 }
 
-int64_t size_of(const py::handle& object) { return py::reinterpret_borrow<py::array>(object).size(); }
+int64_t size_of(const py::handle& object, const char* what) {
+  if (!py::isinstance<py::array>(object)) {
+    throw std::invalid_argument(std::string(what) + " must be an array, got " + described(object));
+  }
+  return py::reinterpret_borrow<py::array>(object).size();
+}
 
 SparseRows sparse_rows(const py::handle& object, const char* what, int64_t rows) {
   if (object.is_none()) return {nullptr, nullptr, nullptr};
@@ -43,7 +57,9 @@ SparseRows sparse_rows(const py::handle& object, const char* what, int64_t rows)
   sparse.values = data_of<float>(parts[2], what, count);
   for (int64_t r = 0; r < rows; ++r) {
     if (sparse.starts[r] < 0 || sparse.starts[r] > sparse.starts[r + 1]) {
-      throw std::invalid_argument(std::string(what) + ": row starts must not decrease");
+      throw std::invalid_argument(std::string(what) + ": row " + std::to_string(r) + " is from " +
+                                  std::to_string(sparse.starts[r]) + " to " + std::to_string(sparse.starts[r + 1]) +
+                                  ": starts must be at least 0 and not decrease");
     }
   }
   return sparse;
@@ -54,7 +70,7 @@ Sampling sampling_of(const py::object& object, int64_t vocab_size) {
   Sampling s{};
   if (object.is_none()) return s;
   const auto p = object.cast<py::tuple>();
-  s.num_rows = size_of(p[0]);
+  s.num_rows = size_of(p[0], "draw_rows");
   const int64_t n = s.num_rows;
   s.draw_rows = data_of<int32_t>(p[0], "draw_rows", n);
   s.temperature = data_of<float>(p[1], "temperature", n);
@@ -90,7 +106,7 @@ Epilogue activation_of(const std::string& name) {
   if (name == "gelu") return Epilogue::gelu;
   if (name == "relu") return Epilogue::relu;
   if (name == "silu") return Epilogue::silu;
-  throw std::invalid_argument("activation '" + name + "' is not known");
+  throw std::invalid_argument("activation '" + name + "' is not one of none, gelu_tanh, gelu, relu, silu");
 }
 
 Storage storage_of(int code) {
@@ -116,7 +132,6 @@ class PyModel {
   }
 
   void allocate(int64_t num_blocks) {
-    if (num_blocks < 0) throw std::invalid_argument("num_blocks is " + std::to_string(num_blocks));
     py::gil_scoped_release release;
     model_.allocate(num_blocks);
   }
@@ -126,25 +141,25 @@ class PyModel {
   // top_logprobs), the rows of every step that ran, and the first row from which no token can be drawn, or -1.
   py::tuple run(const py::tuple& arrays, const py::object& options, int64_t num_steps) {
     Batch b{};
-    b.num_tokens = size_of(arrays[0]);
+    b.num_tokens = size_of(arrays[0], "token_ids");
     b.token_ids = data_of<int32_t>(arrays[0], "token_ids", -1);
     b.positions = data_of<int32_t>(arrays[1], "positions", b.num_tokens);
     b.slots = data_of<int64_t>(arrays[2], "slots", b.num_tokens);
-    b.num_sequences = size_of(arrays[4]);
+    b.num_sequences = size_of(arrays[4], "context_lens");
     b.query_starts = data_of<int32_t>(arrays[3], "query_starts", b.num_sequences + 1);
     b.context_lens = data_of<int32_t>(arrays[4], "context_lens", b.num_sequences);
-    b.table_width = b.num_sequences ? size_of(arrays[5]) / b.num_sequences : 0;
+    b.table_width = b.num_sequences ? size_of(arrays[5], "block_tables") / b.num_sequences : 0;
     b.block_tables = data_of<int32_t>(arrays[5], "block_tables", b.num_sequences * b.table_width);
-    b.num_logits = size_of(arrays[6]);
+    b.num_logits = size_of(arrays[6], "logits_rows");
     b.logits_rows = data_of<int32_t>(arrays[6], "logits_rows", -1);
     if (!arrays[7].is_none()) b.previous_rows = data_of<int32_t>(arrays[7], "previous_rows", b.num_tokens);
     if (!arrays[8].is_none()) {
-      b.num_copies = size_of(arrays[8]) / 2;
+      b.num_copies = size_of(arrays[8], "block_copies") / 2;
       b.block_copies = data_of<int32_t>(arrays[8], "block_copies", 2 * b.num_copies);
     }
     b.num_steps = num_steps;
     if (!arrays[9].is_none()) {
-      b.num_endings = size_of(arrays[9]);
+      b.num_endings = size_of(arrays[9], "ending_ids");
       b.ending_ids = data_of<int32_t>(arrays[9], "ending_ids", b.num_endings);
     }
     b.sampling = sampling_of(options, config_.vocab_size);
@@ -188,31 +203,41 @@ class PyModel {
   static Config convert(const py::dict& c, int storage, int64_t block_size, int threads, const std::string& isa,
                         bool screen_head) {
     const Storage stored = storage_of(storage);
-    const auto size = [&](const char* key) {
-      const auto value = c[key].cast<int64_t>();
-      if (value < 1) throw std::invalid_argument(std::string(key) + " is " + std::to_string(value));
-      return value;
+    const auto within = [](const char* what, int64_t value, int64_t most) {
+      if (value >= 1 && value <= most) return value;
+      throw std::invalid_argument(std::string(what) + " is " + std::to_string(value) + ": it must be in [1, " +
+                                  std::to_string(most) + "]");
     };
-    Config config{size("vocab_size"),
-                  size("context_length"),
-                  size("embed_dim"),
-                  size("n_heads"),
-                  size("n_layers"),
-                  size("hidden_dim"),
+    const auto size = [&](const char* key, int64_t most) { return within(key, c[key].cast<int64_t>(), most); };
+    // So that no number of bytes overflows 64 bits, and no sum of integer products 32.
+    constexpr int64_t kMost = 1 << 28, kMostWide = 1 << 20, kMostQuantised = 130000;
+    const int64_t most_wide = quantised(stored) ? kMostQuantised : kMostWide;
+    Config config{size("vocab_size", kMost),
+                  size("context_length", kMost),
+                  size("embed_dim", most_wide),
+                  size("n_heads", kMostWide),
+                  size("n_layers", 1 << 16),
+                  size("hidden_dim", most_wide),
                   activation_of(c["activation"].cast<std::string>()),
                   c["norm_eps"].cast<float>(),
                   c["attn_scales"].cast<std::vector<float>>(),
                   c["tied_head"].cast<bool>(),
                   stored,
-                  block_size,
-                  threads,
+                  within("block_size", block_size, 1 << 16),
+                  static_cast<int>(within("threads", threads, 1 << 16)),
                   isa,
                   screen_head};
-    if (screen_head && quantised(stored)) throw std::invalid_argument("a quantised head has no screen");
-    if (block_size < 1) throw std::invalid_argument("block_size is " + std::to_string(block_size));
-    if (config.embed_dim % config.n_heads) throw std::invalid_argument("embed_dim is not a multiple of n_heads");
+    if (screen_head && quantised(stored)) {
+      throw std::invalid_argument("screen_head is for weights in float32 and bfloat16, not for storage code " +
+                                  std::to_string(storage));
+    }
+    if (config.embed_dim % config.n_heads) {
+      throw std::invalid_argument("embed_dim is " + std::to_string(config.embed_dim) + ", not a multiple of n_heads, " +
+                                  std::to_string(config.n_heads));
+    }
     if (static_cast<int64_t>(config.attn_scales.size()) != config.n_layers) {
-      throw std::invalid_argument("attn_scales has not one entry a layer");
+      throw std::invalid_argument("attn_scales has " + std::to_string(config.attn_scales.size()) + " entries for " +
+                                  std::to_string(config.n_layers) + " layers");
     }
     return config;
   }
@@ -255,7 +280,8 @@ PYBIND11_MODULE(_native, m) {
         [](const py::array& x, const py::array& weight, const py::array& bias, const std::string& isa, int threads,
            int storage, const std::string& activation) {
           if (x.ndim() != 2 || weight.ndim() != 2 || x.shape(1) != weight.shape(1)) {
-            throw std::invalid_argument("x must be [rows, k] and weight [n, k]");
+            throw std::invalid_argument("x must be [rows, k] and weight [n, k], got shapes " + text(x.attr("shape")) +
+                                        " and " + text(weight.attr("shape")));
           }
           const int64_t rows = x.shape(0), k = x.shape(1), n = weight.shape(0);
           py::array_t<float> y({rows, n});

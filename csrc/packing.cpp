@@ -1,6 +1,7 @@
 #include "packing.hpp"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <vector>
 
@@ -108,7 +109,8 @@ void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
     largest = magnitude > largest ? magnitude : largest;
     check += row[k] * 0.0f;
   }
-  const float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  const float scale = largest / 127.0f;
+  const float inverse = scale > FLT_MIN ? 1.0f / scale : 0.0f;  // of a smaller one it could be infinite
   scale_.floats()[output] = scale + check;
   int32_t sum = 0;
   for (int64_t k = 0; k < view_.steps * 4; k += 4) {

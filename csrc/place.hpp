@@ -46,7 +46,9 @@ class Place {
   // For a forked child, which has this thread and no other.
   void forget_the_others() const {
     for (int i = 0; i < kMost; ++i) {
-      if (i != index_) seen_on_[i].store(kNowhere, std::memory_order_relaxed);
+      if (i == index_) continue;
+      seen_on_[i].store(kNowhere, std::memory_order_relaxed);
+      taken_[i].store(false);
     }
   }
 

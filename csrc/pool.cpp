@@ -1,6 +1,9 @@
 #include "pool.hpp"
 
 #include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 
 #include "place.hpp"
 
@@ -30,6 +33,30 @@ void pause() {
 }
 
 thread_local const Place place;
+
+// While a job runs: numbers are rounded to nearest and denormals are numbers, whatever the thread that calls has set for
+// its own sums or handed on to the threads that it made. Else a row's bits would depend on which thread worked on it.
+class PlainNumbers {
+ public:
+#if defined(__x86_64__) || defined(_M_X64)
+  PlainNumbers() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~PlainNumbers() { _mm_setcsr(saved_); }
+
+ private:
+  const unsigned saved_;
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+  PlainNumbers() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~PlainNumbers() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  PlainNumbers() {}
+#endif
+};
 
 }  // namespace
 
@@ -102,9 +129,14 @@ struct Pool::State {
       begin.wait_while(seen);
       ++seen;
       if (stop) return;
-      function(context, team, thread);
-      team.barrier();
+      run(thread);
     }
+  }
+
+  void run(int thread) {
+    const PlainNumbers plain;
+    function(context, team, thread);
+    team.barrier();
   }
 
   std::atomic<int> sleepers{0};
@@ -126,11 +158,12 @@ std::unique_ptr<Pool::State> Pool::make() const {
     for (int thread = 1; thread < size_; ++thread) {
       state->threads.emplace_back([raw, thread] { raw->work(thread); });
     }
-  } catch (...) {  // the system has no more threads: end those that there are
+  } catch (const std::system_error& error) {  // the system has no more threads: end those that there are
     raw->stop = true;
     raw->begin.advance();
     for (auto& thread : raw->threads) thread.join();
-    throw;
+    throw std::runtime_error("thread " + std::to_string(raw->threads.size() + 2) + " of " + std::to_string(size_) +
+                             " could not be started: " + error.what());
   }
   return state;
 }
@@ -157,8 +190,7 @@ void Pool::start(Function function, void* context) {
   state_->context = context;
   place.note();
   state_->begin.advance();
-  function(context, state_->team, 0);
-  state_->team.barrier();
+  state_->run(0);
 }
 
 }  // namespace native

@@ -50,7 +50,7 @@ std::vector<double> time_products(const std::string& isa, int threads, Storage s
       const int64_t count = kernels.multiply_accumulate(storage, kIterations);
       if (thread == 0) products = count;
     });
-    if (i) rates.push_back(static_cast<double>(products * threads) / (seconds() - start));
+    if (i) rates.push_back(static_cast<double>(products * pool.size()) / (seconds() - start));
   }
   return rates;
 }

@@ -60,8 +60,8 @@ void Sampler::reserve(const Sampling& s, int64_t vocab_size, int64_t width, int 
   rows_.resize(static_cast<size_t>(s.num_rows));
   bool edited = s.allowed || s.output_counts.starts || s.logit_bias.starts, limited = false;
   for (int64_t r = 0; r < s.num_rows; ++r) {
-    edited |= s.temperature[r] > 0;
-    limited |= s.temperature[r] > 0 && (s.top_k[r] > 0 || s.top_p[r] < 1);
+    edited |= s.temperature[r] != 0;
+    limited |= s.temperature[r] != 0 && (s.top_k[r] > 0 || s.top_p[r] < 1);
   }
   if (edited) values_.reserve(s.num_rows * width * 4);
   if (limited) {
@@ -175,7 +175,8 @@ void Sampler::apply_options(const Kernels& kernels, const Sampling& s, const flo
       keys[kept] = to_key(x[i]);
       masses[kept++] = masses[i];
     }
-    const auto wanted = static_cast<int64_t>(std::ceil(static_cast<double>(s.top_p[r]) * static_cast<double>(whole)));
+    const double share = std::ceil(static_cast<double>(s.top_p[r]) * static_cast<double>(whole));
+    const int64_t wanted = share > 1.0 ? static_cast<int64_t>(share) : 1;
     threshold = from_key(key_reaching(keys, masses, kept, wanted));
   }
   if (threshold > kNothing || s.min_p[r] > 0) {
@@ -185,15 +186,14 @@ void Sampler::apply_options(const Kernels& kernels, const Sampling& s, const flo
 
 void Sampler::pick(const Kernels& kernels, const Sampling& s, const float* logits, int64_t r, const Draws& draws) {
   const Row& row = rows_[static_cast<size_t>(r)];
-  if (!row.valid) {
-    draws.token_ids[r] = -1;
-    return;
-  }
+  draws.token_ids[r] = -1;
+  if (!row.valid) return;
   int64_t token;
   if (!row.greedy) {
     const Candidate* found = candidates_.data() + r * pieces_;
     const Candidate* best = found;
     for (int64_t i = 1; i < pieces_; ++i) best = found[i].value > best->value ? found + i : best;
+    if (!(best->value > kNothing)) return;  // the options exclude every one
     token = best->id;
   } else if (row.edited) {
     const float* x = values_.floats() + r * width_;

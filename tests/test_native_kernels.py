@@ -164,6 +164,29 @@ def test_nan_and_infinity_come_through(dtype: str, isa: str) -> None:
                 assert not np.isfinite(linear(uniform(5, rows, 40), w, dtype, isa)[:, 3]).any()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_weights_at_the_ends_of_float32(isa: str) -> None:
+    """int4 takes the squares of its errors, int8 the inverse of its step: what these cannot hold is NaN, or nothing."""
+    x, w = uniform(5, 3, 64), uniform(6, 30, 64)
+    exact = x @ w.T
+    for dtype in STORAGE:
+        for scale in (1e-30, 1e14, 1e21, 1e30):
+            y = linear(x, w * np.float32(scale), dtype, isa) / np.float32(scale)
+            if scale > 1e15 and dtype.startswith("int4"):
+                assert np.isnan(y).all()
+            else:
+                assert np.abs(y - exact).max() < (1.5 if dtype.startswith("int4") else 0.2)
+    assert np.abs(linear(x, w * np.float32(1e-37), "int8", isa)).max() < 1e-35
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_activations_far_out(isa: str) -> None:
+    x = np.array([[-2e38], [-1e4], [1e4], [2e38]], np.float32)
+    for activation in ("silu", "gelu_tanh", "gelu"):
+        got = linear(x, np.ones((1, 1), np.float32), "float32", isa, activation)[:, 0]
+        assert np.array_equal(got, np.maximum(x[:, 0] - 1, 0)), activation
+
+
 # A whole vector to or from the stack; vmovd and vmovq move an address that has lodged in a vector register.
 VECTOR_ON_STACK = re.compile(r"\sv(?!mov[dq]\s)\S+\s+(?:.*%[xyz]mm\d+.*\(%r[sb]p|.*\(%r[sb]p.*%[xyz]mm\d+)")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import random_weights, tiny_config
-from native_steps import BLOCK, batch, ids_of, logits_of, make, neutral, run_in_process
+from native_steps import BLOCK, ISAS, batch, ids_of, logits_of, make, neutral, run_in_process
 
 from engine.backends import native_backend
 from engine.backends.native_backend import NativeBackend
@@ -103,6 +103,109 @@ def test_what_another_request_left_in_a_block_does_no_harm(dtype: str) -> None:
     for at in (-2, -1):  # one token alone
         assert torch.equal(logits_of(backend, [(0, len(ids) + at, [ids[at]])])[0], clean[at])
     assert torch.equal(logits_of(backend, [(0, 0, ids)]), clean)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_comes_after_a_row_does_it_no_harm(isa: str) -> None:
+    """Not even NaN, in the same step: queries are attended to together, each to its own past."""
+    code = """
+import numpy as np, torch
+from models import random_weights, tiny_config
+from native_steps import BLOCK, NativeBackend, batch, logits_of
+config = tiny_config()
+for dtype in ("float32", "bfloat16", "int8"):
+    for bad in ("nan", "inf"):
+        weights = random_weights(config, scale=0.15)
+        weights["tok_emb"][7] = float(bad)
+        backend = NativeBackend(config, weights, dtype=dtype, device="cpu", block_size=BLOCK, threads=2)
+        backend.allocate(96)
+        for length in (3, 7, 8, 20):
+            ids = [1 + i % 6 for i in range(length)]
+            alone = logits_of(backend, [(1, 0, ids)])
+            together = logits_of(backend, [(0, 0, [*ids, 7])])
+            assert torch.equal(together[:-1], alone) and alone.isfinite().all(), (dtype, bad, length)
+            assert together[-1].isnan().all()
+print("fine")
+"""
+    assert run_in_process(code, ENGINE_ISA=isa) == "fine\n"
+
+
+def test_denormals_are_numbers_whatever_the_caller_has_set() -> None:
+    """Of the threads that share a step one is the caller's, here the only one."""
+    code = """
+import torch
+from models import random_weights, tiny_config
+from native_steps import BLOCK, NativeBackend, batch, ids_of, logits_of
+config = tiny_config()
+weights = random_weights(config, scale=0.15)
+weights["head"] = weights["head"] * 1e-38
+weights["final_norm.weight"] = torch.full_like(weights["final_norm.weight"], 1e-2)
+weights["final_norm.bias"] = torch.zeros_like(weights["final_norm.bias"])
+backend = NativeBackend(config, weights, dtype="float32", device="cpu", block_size=BLOCK, threads=1)
+backend.allocate(96)
+ids = ids_of(1, 60, config)
+wanted = logits_of(backend, [(0, 0, ids)])
+assert (wanted != 0).any() and wanted.abs().max() < torch.finfo(torch.float32).tiny
+assert torch.set_flush_denormal(True)
+one = torch.full((1,), 1e-38)
+assert logits_of(backend, [(0, 0, ids)]).numpy().tobytes() == wanted.numpy().tobytes()
+assert (one * 0.1).item() == 0  # what the caller has set still holds for the caller
+print("fine")
+"""
+    if not torch.set_flush_denormal(False):
+        pytest.skip("PyTorch cannot flush denormals here")
+    assert run_in_process(code) == "fine\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "block", "message"),
+    [
+        ({}, "float32", 2**62, r"block_size is 4611686018427387904: it must be in \[1, 65536\]"),
+        ({}, "float32", 0, "block_size is 0"),
+        ({"hidden_dim": 130_001}, "int8", 5, r"hidden_dim is 130001: it must be in \[1, 130000\]"),
+        ({"hidden_dim": 2**20 + 1}, "float32", 5, "hidden_dim is 1048577"),
+        ({"context_length": 2**40}, "float32", 5, "context_length is 1099511627776"),
+    ],
+)
+def test_sizes_that_overflow_are_refused(changes: dict[str, int], dtype: str, block: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NativeBackend(replace(CONFIG, **changes), {}, dtype=dtype, device="cpu", block_size=block, threads=1)
+
+
+def test_a_cache_that_no_machine_has_is_refused() -> None:
+    backend = make(CONFIG)
+    wanted = logits_of(backend, [(0, 0, [1, 2, 3])])
+    for count in (2**60, -1):
+        with pytest.raises(ValueError, match=rf"num_blocks is {count}: it must be in \[0, "):
+            backend.allocate(count)
+    assert torch.equal(logits_of(backend, [(0, 0, [1, 2, 3])]), wanted)
+
+
+def test_what_is_no_array_is_refused() -> None:
+    good = batch([(0, 0, [1, 2])])
+    with pytest.raises(ValueError, match="token_ids must be an array, got <class 'list'>"):
+        make(CONFIG).submit(replace(good, token_ids=[1, 2]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="positions must be a contiguous array of int32, got one of int64"):
+        make(CONFIG).submit(replace(good, positions=np.array([0, 1])))
+
+
+def test_threads_that_cannot_be_had_are_an_error() -> None:
+    code = """
+import os, resource
+from models import tiny_config
+from native_steps import make
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 400 * 2**20,) * 2)
+before = len(os.listdir("/proc/self/task"))
+try:
+    make(tiny_config(), threads=2000)
+except RuntimeError as error:
+    print(error)
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    assert "of 2000 could not be started: " in run_in_process(code)
 
 
 def test_wrong_weights_are_refused() -> None:
