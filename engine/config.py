@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
+MAX_THREADS = 1024  # more than machines have CPUs, fewer than systems refuse
 
 
 def _require_positive(owner: str, **values: int | None) -> None:
@@ -79,7 +80,7 @@ class EngineConfig:
         dtype: "auto", "float32", "bfloat16", "float16", "float64", "int8", "int4", "int4-g64" or "int4-g128", where the
             backend has it. int8 and int4 are weights; activations are int8 too on a CPU, and bfloat16 on a GPU.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps", where the backend has it.
-        threads: CPU threads of the native or torch backend; None: as many as this process may use.
+        threads: CPU threads of the native or torch backend, 1024 at most; None: as many as this process may use.
         max_model_len: longest sequence in tokens; None: the model's context length.
         max_num_seqs: sequences that run at the same time.
         max_num_batched_tokens: tokens that one step may run, over all sequences.
@@ -93,7 +94,7 @@ class EngineConfig:
             ``cumulative_logprob`` becomes an estimate; the native backend alone has it, in float32 and bfloat16.
 
     Raises:
-        ValueError: a count is not a positive integer, or an option has a value that it does not accept.
+        ValueError: a count is not a positive integer or too large, or an option has a value that it does not accept.
     """
 
     backend: str = "auto"
@@ -119,6 +120,8 @@ class EngineConfig:
             block_size=self.block_size,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
         )
+        if (self.threads or 1) > MAX_THREADS:
+            raise ValueError(f"EngineConfig.threads must be at most {MAX_THREADS}, got {self.threads}")
         if self.context_overflow not in ("stop", "slide"):
             raise ValueError(f"context_overflow must be 'stop' or 'slide', got {self.context_overflow!r}")
         if self.max_num_batched_tokens < self.max_num_seqs:

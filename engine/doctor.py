@@ -5,12 +5,11 @@ import importlib.metadata
 import platform
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import engine
-from engine.backends.registry import BACKENDS, choose, missing
-from engine.cli import run
+from engine.backends.registry import BACKENDS, available_devices, choose, missing
+from engine.cli import console, run
 from engine.machine import available_memory, instruction_sets, processor_name, usable_cpus
 
 COMMAND = "python -m engine.doctor"
@@ -53,7 +52,7 @@ def main() -> None:
     """Print it."""
     made = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     made.parse_args()
-    console = Console(soft_wrap=True)
+    out = console()
     table = Table(show_header=False, box=None)
     table.add_row("engine", engine.__version__)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -61,15 +60,16 @@ def main() -> None:
     table.add_row("instruction sets", ", ".join(instruction_sets()) or "not known on this system")
     table.add_row("free memory", f"{available_memory() / 2**30:.1f} GiB")
     table.add_row("GPU", "; ".join(gpus()) or "none that PyTorch sees")
+    table.add_row("devices", ", ".join(available_devices()))
     for name, version in versions().items():
         table.add_row(name, version)
-    console.print(table)
-    console.print()
+    out.print(table)
+    out.print()
     for name, load in BACKENDS.items():
         cls = load()
-        console.print(f"backend [bold]{name}[/]: {', '.join(cls.dtypes)} on {', '.join(cls.devices)}{_remark(name)}")
+        out.print(f"backend [bold]{name}[/]: {', '.join(cls.dtypes)} on {', '.join(cls.devices)}{_remark(name)}")
     choice = choose()
-    console.print(f"auto takes [bold]{choice.backend.name}[/], {choice.dtype} on {choice.device}: {choice.reason}")
+    out.print(f"auto takes [bold]{choice.backend.name}[/], {choice.dtype} on {choice.device}: {choice.reason}")
 
 
 if __name__ == "__main__":

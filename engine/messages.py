@@ -5,12 +5,39 @@ made for every token is a named tuple, which takes a third of the time that a fr
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat, SupportsIndex
 
 MAX_LOGPROBS = 20  # top-N logprobs that a request may ask for
 GREEDY_BELOW = 1e-5  # a temperature: logits divided by much less would overflow, and who could be drawn would be chance
+LARGEST_FLOAT = 3.4e38  # that float32 holds
+
+
+def whole(value: object) -> int | None:
+    """An integer of any library's, or None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # an array of several
+        return None
+
+
+def _token_ids(name: str, values: Iterable[object]) -> tuple[int, ...]:
+    ids = [whole(value) for value in values]
+    for value, i in zip(values, ids, strict=True):
+        if i is None or i < 0:
+            raise ValueError(f"{name} must hold token ids, integers of at least 0, got {value!r}")
+    return tuple(i for i in ids if i is not None)
+
+
+def _bias(token_id: int, value: object) -> float:
+    bias = float(value) if isinstance(value, SupportsFloat) else math.nan
+    if not bias <= LARGEST_FLOAT:
+        raise ValueError(f"logit_bias of token {token_id} must be a number of at most {LARGEST_FLOAT}, got {value!r}")
+    return bias if bias >= -LARGEST_FLOAT else -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,48 +96,50 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
         if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            object.__setattr__(self, "allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
         if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", {int(i): float(bias) for i, bias in self.logit_bias.items()})
+            ids = _token_ids("logit_bias", self.logit_bias)
+            biases = [_bias(i, bias) for i, bias in zip(ids, self.logit_bias.values(), strict=True)]
+            object.__setattr__(self, "logit_bias", dict(zip(ids, biases, strict=True)))
         self._check_numbers()
         if self.temperature < GREEDY_BELOW:
             object.__setattr__(self, "temperature", 0.0)
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")
-        if not all(isinstance(i, int) and i >= 0 for i in self.stop_token_ids or ()):
-            raise ValueError(f"stop_token_ids must hold token ids, got {self.stop_token_ids!r}")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty: no token could be drawn")
 
     def _check_numbers(self) -> None:
-        def whole(name: str, low: int, optional: bool = False, high: int | None = None) -> None:
+        def integer(name: str, low: int, optional: bool = False, high: int | None = None) -> None:
             value = getattr(self, name)
             if value is None and optional:
                 return
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or value < low
-                or (high is not None and value > high)
-            ):
+            number = whole(value)
+            if number is None or number < low or (high is not None and number > high):
                 limit = f"of at least {low}" if high is None else f"from {low} to {high}"
                 raise ValueError(f"{name} must be an integer {limit}{' or None' if optional else ''}, got {value!r}")
+            object.__setattr__(self, name, number)
 
         def number(name: str, low: float, high: float, open_low: bool = False) -> None:
             value = getattr(self, name)
-            inside = isinstance(value, int | float) and low <= value <= high and not (open_low and value == low)
-            if not inside or not math.isfinite(value):
+            known = isinstance(value, SupportsFloat) and not isinstance(value, str | bytes)
+            number = float(value) if known else math.nan
+            if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
                 raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value!r}")
+            object.__setattr__(self, name, number)
 
-        whole("n", 1)
-        whole("top_k", -1)
-        whole("min_tokens", 0)
-        whole("max_tokens", 1, optional=True)
-        whole("logprobs", 0, optional=True, high=MAX_LOGPROBS)
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ValueError(f"seed must be an integer or None, got {self.seed!r}")
+        integer("n", 1)
+        integer("top_k", -1)
+        integer("min_tokens", 0)
+        integer("max_tokens", 1, optional=True)
+        integer("logprobs", 0, optional=True, high=MAX_LOGPROBS)
+        if self.seed is not None:
+            seed = whole(self.seed)
+            if seed is None:
+                raise ValueError(f"seed must be an integer or None, got {self.seed!r}")
+            object.__setattr__(self, "seed", seed)
         number("presence_penalty", -2.0, 2.0)
         number("frequency_penalty", -2.0, 2.0)
         number("repetition_penalty", 0.0, math.inf, open_low=True)
@@ -211,17 +240,31 @@ class StepResult:
     drawn: Sequence[Drawn | None]
 
 
+class UndrawableRow(ValueError):
+    """No token can be drawn from the logits of a row. What else the step drew is lost, and can be drawn again.
+
+    Args:
+        message: which row, and why.
+        row: its number among the drawn rows of the step.
+    """
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 class Event(NamedTuple):
     """A token of a sequence, as the planner hands it to the doors.
 
     ``finish_reason`` is None while the sequence goes on, then "stop" or "length"; ``stop_reason`` is the stop token's
-    id, or None for the end-of-text id and for "length".
+    id, or None for the end-of-text id and for "length". Where a sequence cannot go on nothing is drawn,
+    ``finish_reason`` is "error" and ``stop_reason`` says why.
     """
 
     seq_id: int
-    drawn: Drawn
+    drawn: Drawn | None
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +286,9 @@ class CompletionOutput:
         token_ids: the generated ids, the one that ended the sequence included.
         cumulative_logprob: sum of the tokens' logprobs; with ``screen_head`` an estimate unless logprobs are asked for.
         logprobs: per token, id -> ``Logprob`` of the chosen token and the most probable ones; None if not asked for.
-        finish_reason: "stop" or "length".
-        stop_reason: the stop string or stop token id that ended it; None for end-of-text and "length".
+        finish_reason: "stop" or "length"; "abort" after ``LLM.abort``; "error" where it could not go on.
+        stop_reason: the stop string or stop token id that ended it; None for end-of-text and "length"; of an error what
+            it was.
     """
 
     index: int

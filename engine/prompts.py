@@ -1,11 +1,10 @@
 """What a caller may pass as a prompt, read and checked."""
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-from engine.messages import SamplingParams
+from engine.messages import SamplingParams, whole
 from engine.text.tokenizer import TextCodec
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -16,20 +15,31 @@ def list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list. A list of integers is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if isinstance(prompts, Sequence) and prompts and all(isinstance(i, int) for i in prompts):
-        return [cast("Sequence[int]", prompts)]
-    if not isinstance(prompts, Sequence):
+    many = None if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable) else list(prompts)
+    if many is None:
         raise ValueError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
-    return list(cast("Sequence[Prompt]", prompts))
+    if many and all(whole(i) is not None for i in many):
+        return [cast("Sequence[int]", many)]
+    return cast("list[Prompt]", many)
 
 
 def one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
     """The options of each of ``count`` prompts."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
+        raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {type(params).__name__}")
     if len(params) != count:
         raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one each")
+    for each in params:
+        check_params(each)
     return params
+
+
+def check_params(params: object) -> None:
+    """Raise ValueError for what are no options."""
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
 
 
 def no_tokenizer(vocab_size: int) -> str:
@@ -72,6 +82,11 @@ class PromptReader:
             bad = [i for i in values if not 0 <= i < self.vocab_size]
             if bad:
                 raise ValueError(f"{name} has token id {bad[0]}; this model's ids are 0 to {self.vocab_size - 1}")
+        endings = {*(params.stop_token_ids or ()), self.eos_token_id}
+        if params.min_tokens and params.allowed_token_ids is not None and endings.issuperset(params.allowed_token_ids):
+            raise ValueError(
+                f"min_tokens={params.min_tokens} leaves nothing to draw: all of allowed_token_ids end the sequence"
+            )
         if params.stop and self.codec is None:
             raise ValueError(f"stop strings need text: {no_tokenizer(self.vocab_size)}")
         if self.longest is not None and len(ids) > self.longest:
@@ -88,13 +103,16 @@ class PromptReader:
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         else:
             text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        if ids is not None:
-            try:
-                return text, [operator.index(i) for i in ids]
-            except TypeError:
-                raise ValueError(f"a prompt is a string, token ids, or a dict of one of them, got {ids!r}") from None
-        if not isinstance(text, str):
+        if not isinstance(text, str | None):
             raise ValueError(f"a prompt is a string, token ids, or a dict of one of them, got {text!r}")
+        if ids is not None:
+            known = isinstance(ids, Iterable) and not isinstance(ids, str | bytes | bytearray | Mapping)
+            read = [whole(i) for i in ids] if known else [None]
+            if None in read:
+                raise ValueError(f"a prompt is a string, token ids, or a dict of one of them, got {ids!r}")
+            return text, [i for i in read if i is not None]
+        if text is None:
+            raise ValueError(f"a prompt is a string, token ids, or a dict of one of them, got {prompt!r}")
         if self.codec is None:
             raise ValueError(no_tokenizer(self.vocab_size))
         return text, self.codec.encode(text)

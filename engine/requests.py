@@ -29,17 +29,21 @@ class Sample:
         self.pieces: list[str] = []
         self._cumulative_logprob = 0.0
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._min_tokens = params.min_tokens  # their text is not looked at for stop strings
 
     def take(self, event: Event) -> None:
         """Add a token and the text that it completes. Sets ``finish_reason`` when the sample ends."""
         drawn = event.drawn
+        assert drawn is not None, "an error has no token"
         self.token_ids.append(drawn.token_id)
         self._cumulative_logprob += drawn.logprob
         if self._logprobs is not None:
             self._logprobs.append(self._describe(drawn))
         piece = ""
         if self._detokenizer is not None and event.finish_reason != "stop":  # what ends a sequence is not text
-            piece = self._stops.push(self._detokenizer.push(drawn.token_id))
+            piece = self._detokenizer.push(drawn.token_id)
+            if len(self.token_ids) > self._min_tokens:
+                piece = self._stops.push(piece)
         self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
         if self._stops.matched is None and event.finish_reason is not None and self._detokenizer is not None:
             piece += self._stops.push(self._detokenizer.flush())
@@ -47,6 +51,11 @@ class Sample:
         if self._stops.matched is not None:
             self.finish_reason, self.stop_reason = "stop", self._stops.matched
         self.pieces.append(piece)
+
+    def end(self, finish_reason: str, stop_reason: str | None = None) -> None:
+        """End the sample where it stands, unless it has ended."""
+        if self.finish_reason is None:
+            self.finish_reason, self.stop_reason = finish_reason, stop_reason
 
     def _describe(self, drawn: Drawn) -> dict[int, Logprob]:
         ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(drawn.top, start=1)]
@@ -86,6 +95,12 @@ class Request:
             if sample.finish_reason is None:
                 return False
         return True
+
+    @property
+    def error(self) -> str | None:
+        """Why a sample could not go on, or None."""
+        failed = (sample.stop_reason for sample in self.samples.values() if sample.finish_reason == "error")
+        return next((str(reason) for reason in failed), None)
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,7 +1,9 @@
 """The command lines as a person runs them: output, help, errors that say what to type, the bench's JSON."""
 
+import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,24 +12,31 @@ import pytest
 import torch
 from models import ODD_CONFIGS, tiny_module
 
+from engine import generate
+from engine.bench.__main__ import parser as bench_parser
 from engine.bench.check import check_against_reference
 from engine.bench.measure import step_bytes
 from engine.bench.presets import PRESETS, preset_config
 from engine.checkpoints.canonical import to_reference
 from engine.checkpoints.live import canonical_weights, recognise
-from engine.cli import documented
+from engine.cli import add_fields, chosen, documented
 from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.messages import SamplingParams
 
 
-def run(*arguments: str, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> list[str]:
     """``python -m engine.X ...`` with this checkout on the path, wherever it runs."""
     root = str(Path(__file__).parent.parent)
     code = f"import runpy, sys; sys.path.insert(0, {root!r}); sys.argv[0] = sys.argv[1]; del sys.argv[1]; "
-    command = [sys.executable, "-c", code + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"]
+    code += "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", code, *arguments]
+
+
+def run(*arguments: str, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What a command line did."""
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, input=stdin, cwd=cwd, timeout=240, check=False
+        command(*arguments), capture_output=True, text=True, input=stdin, cwd=cwd, timeout=240, check=False
     )
 
 
@@ -52,6 +61,86 @@ def test_generate_streams_the_demo_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_generate_prints_several_samples() -> None:
+    options = ["--max-tokens", "none", "--max-model-len", "24", "--min-tokens", "5", "--seed", "3", "--n", "3"]
+    done = run("engine.generate", "It is a truth", *options, "--presence-penalty", "0.5", "--frequency-penalty", "-0.5")
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stdout.split("--- ")[1:]
+    assert first.startswith("1 of 3\nIt is a truth")
+    assert [other.splitlines()[0] for other in others] == ["2 of 3", "3 of 3"]
+    assert len({text.partition("\n")[2] for text in (first, *others)}) == 3
+    assert "finished by length, length, length, seed 3]" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [["engine.generate", "It is a truth", "--max-tokens", "400", "--seed", "3"], ["engine.doctor"]]
+)
+def test_a_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    if arguments[0] == "engine.doctor":
+        os.close(reader)  # before a first byte: it has all to say at once
+    with subprocess.Popen(command(*arguments), stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writer)
+        if arguments[0] != "engine.doctor":
+            os.read(reader, 5)
+            os.close(reader)
+        assert process.stderr is not None
+        said = [line for line in process.stderr.read().splitlines() if not line.startswith("engine: ")]
+    assert (process.returncode, said) == (141, [])
+
+
+def test_options_given_several_times_all_count() -> None:
+    args = generate.parser().parse_args(["x", "--stop", "the", "--stop", "and"])
+    assert chosen(args, SamplingParams, generate.SAMPLING)["stop"] == ["the", "and"]
+    assert chosen(generate.parser().parse_args(["x"]), SamplingParams, generate.SAMPLING)["stop"] is None
+
+
+def test_numbers_can_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    args = generate.parser().parse_args(["x", "--max-tokens", "none", "--threads", "None", "--stop", "none"])
+    assert (args.max_tokens, args.threads, args.stop) == (None, None, ["none"])
+    assert generate.parser().parse_args(["x"]).max_tokens == 100
+    with pytest.raises(SystemExit):
+        generate.parser().parse_args(["x", "--max-tokens", "many"])
+    assert "argument --max-tokens: invalid int or none value: 'many'" in capsys.readouterr().err
+
+
+def test_sequences_of_numbers_are_options_too() -> None:
+    parser = argparse.ArgumentParser()
+    add_fields(parser, SamplingParams, ["stop_token_ids"])
+    assert parser.parse_args(["--stop-token-ids", "3", "--stop-token-ids", "5"]).stop_token_ids == [3, 5]
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_places_are_tried_before_anything_is_measured(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    new, old, link = tmp_path / "new.png", tmp_path / "old.png", tmp_path / "link.png"
+    old.write_text("what was there")
+    link.symlink_to(tmp_path / "nowhere.png")
+    for path in (new, old, link):
+        assert getattr(bench_parser().parse_args([option, str(path)]), option[2:]) == path
+    assert {path.name for path in tmp_path.iterdir()} == {"old.png", "link.png"}
+    assert old.read_text() == "what was there"
+    assert link.is_symlink()
+    (tmp_path / "folder.png").mkdir()
+    for path, why in (("no/x.png", "No such file or directory"), ("folder.png", "Is a directory")):
+        with pytest.raises(SystemExit):
+            bench_parser().parse_args([option, str(tmp_path / path)])
+        assert f"argument {option}: {tmp_path / path} cannot be written: {why}" in capsys.readouterr().err
+
+
+def test_a_chart_in_no_known_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        bench_parser().parse_args(["--plot", str(tmp_path / "chart")])
+    said = capsys.readouterr().err
+    assert f"argument --plot: {tmp_path / 'chart'} must end in one of ." in said
+    assert ".png" in said
+
+
+@pytest.mark.slow
 def test_errors_name_the_line_to_type(checkpoint: Path) -> None:
     model = str(checkpoint / "model.pth")
     for arguments, message, line in (
@@ -59,6 +148,8 @@ def test_errors_name_the_line_to_type(checkpoint: Path) -> None:
         (["engine.generate", "x", "--model", model, "--config", '{"n_heads": 2}'], "tokenizer", "--tokenizer gpt2"),
         (["engine.generate", "word " * 600], "and the context 512", "--context-overflow slide"),
         (["engine.generate", "x", "--backend", "tpu"], "unknown backend 'tpu'", "engine.doctor"),
+        (["engine.generate", "x", "--tokenizer", "gpt2"], "has 50257 tokens", "--tokenizer path/to/folder"),
+        (["engine.generate", "x", "--device", "cuda:99"], "device 'cuda:99' is not available here", "engine.doctor"),
         (["engine.generate", "x", "--top-p", "7"], "top_p must be in", "--help"),
         (["engine.bench", "--batch", "two"], "--batch must be positive integers", "--help"),
         (["engine.bench", "--prompt-len", "500"], "exceed the context of 512", "--help"),

@@ -8,6 +8,7 @@ from models import tiny_config
 from native_steps import batch, ids_of, make, neutral
 
 from engine.backends.base import SamplingBatch, Sparse, StepOutput
+from engine.messages import UndrawableRow
 
 MASK = 0xFFFFFFFF
 CONFIG = tiny_config(vocab_size=131)
@@ -208,6 +209,35 @@ def test_a_row_that_excludes_everything_is_an_error() -> None:
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match="no token can be drawn from the logits of drawn row 4"):
             step(neutral(ROWS, allowed=allowed, temperature=full(temperature)))
+
+
+@pytest.mark.parametrize("changes", [{"min_p": full(1.5)}, {"min_p": full(1.5), "top_k": full(3, np.int32)}])
+def test_filters_that_exclude_everything_are_an_error(changes: dict[str, np.ndarray]) -> None:
+    with pytest.raises(UndrawableRow, match="no token can be drawn from the logits of drawn row 0"):
+        step(neutral(ROWS, **changes))
+
+
+def test_an_infinite_temperature_takes_what_is_allowed_or_nothing() -> None:
+    """SamplingParams cannot give one; -inf over infinity is NaN."""
+    allowed = np.zeros((ROWS, 5), np.uint32)
+    allowed[:, 0] = 0xF0
+    try:
+        tokens = step(neutral(ROWS, allowed=allowed, temperature=full(np.inf)))[1].token_ids
+    except UndrawableRow:
+        return
+    assert set(tokens.tolist()) <= {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("temperature", [np.nan, -1.0])
+def test_what_is_no_temperature_is_no_crash(temperature: float) -> None:
+    """SamplingParams refuses them."""
+    _, drawn = step(neutral(ROWS, temperature=full(temperature), top_k=full(3, np.int32), top_p=full(0.5)))
+    assert ((drawn.token_ids >= 0) & (drawn.token_ids < 131)).all()
+
+
+def test_a_vanishing_top_p_leaves_the_most_probable() -> None:
+    logits, drawn = step(neutral(ROWS, top_p=full(0)))
+    assert np.array_equal(drawn.token_ids, logits.argmax(1))
 
 
 def test_a_vanishing_temperature_is_greedy() -> None:

@@ -419,7 +419,7 @@ def test_transformers_tokenizers() -> None:
     ("tokenizer", "vocab_size", "message"),
     [
         (3, 97, "tokenizer must be a path, 'gpt2', or an object with encode and decode; got a builtins.int"),
-        ("gpt2", 97, "GPT-2's vocabulary has 50256 tokens, the model's 97"),
+        ("gpt2", 97, r"GPT-2's vocabulary has 50257 tokens \(50256 without <\|endoftext\|>\), the model's 97: pass"),
         ("nowhere", 97, "tokenizer 'nowhere' does not exist; pass a folder, a .tiktoken file"),
     ],
 )

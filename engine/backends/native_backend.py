@@ -4,10 +4,10 @@ Weights are packed for streaming when they are loaded. Dtypes: "float32"; "bfloa
 are float32 on CPUs without bf16 dot products and bf16 on those with them); "int8" (W8A8: a scale per output of a weight
 and per row of activations, exact int32 sums); "int4" (W4A8: the same, but a weight is a nibble times its group's
 multiplier, of -15..16, for every 32 weights of an output), "int4-g64" and "int4-g128" (groups of 64 and 128: 4% and 6%
-fewer bytes, more error). With int8 and int4 the KV cache and the embedding tables are bf16. Where there are tiles (AMX)
-attention rounds queries and weights to bf16 if the cache is bf16. Statistics, softmax, accumulation and the residual
-stream are float32. A row's bits do not depend on the batch, the chunking or the number of threads; they do depend on
-the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
+fewer bytes, more error). With int8 and int4 the KV cache and the embedding tables are bf16. On CPUs with bf16 dot
+products or tiles attention rounds queries and the softmax's weights to bf16 if the cache is bf16. Statistics, softmax,
+accumulation and the residual stream are float32. A row's bits do not depend on the batch, the chunking or the number of
+threads; they do depend on the instruction set, which ``ENGINE_ISA`` chooses in place of the best one.
 
 With ``screen_head`` rows of which the token alone is wanted are drawn by an int8 copy of the head and those outputs of
 the head itself that could be drawn (``csrc/screen.hpp``): for few sequences fewer bytes, for many more products.
@@ -28,6 +28,7 @@ from engine.backends.checks import check_choice, check_no_strict_jit, free_memor
 from engine.checkpoints.canonical import check_canonical
 from engine.config import ModelConfig
 from engine.machine import usable_cpus
+from engine.messages import UndrawableRow
 
 ISA_VARIABLE = "ENGINE_ISA"
 OMP_PAUSE_SOFT = 1  # of OpenMP's omp_pause_resource_t
@@ -88,7 +89,7 @@ class _Finished:
     """A step that ran."""
 
     output: StepOutput
-    error: str | None
+    error: UndrawableRow | None
 
 
 class NativeBackend(Backend):
@@ -136,6 +137,7 @@ class NativeBackend(Backend):
             asdict(model), _STORAGE[dtype], block_size, threads or cpus, os.environ.get(ISA_VARIABLE, ""), screen_head
         )
         self._pause = _openmp_pause()
+        self._process = os.getpid()  # a child of it has none of PyTorch's threads, and would wait for them
         self._room = max(0, cpus - self.threads)  # threads of PyTorch's that can spin and be in nobody's way
         self.update_weights(weights)
 
@@ -177,20 +179,21 @@ class NativeBackend(Backend):
             batch.ending_ids,
         )
         options = None if batch.sampling is None else (batch.draw_rows, *_options(batch.sampling))
-        if self._pause is not None and torch.get_num_threads() - 1 > self._room:
+        if self._pause is not None and torch.get_num_threads() - 1 > self._room and os.getpid() == self._process:
             self._pause(OMP_PAUSE_SOFT)
         logits, token_ids, logprobs, ranks, top_ids, top_logprobs, bad = self._model.run(
             arrays, options, batch.num_steps
         )
         error = None
         if bad >= 0:
-            error = f"no token can be drawn from the logits of drawn row {bad}: NaN, +inf, or every token excluded"
+            why = f"no token can be drawn from the logits of drawn row {bad}: NaN, +inf, or every token excluded"
+            error = UndrawableRow(why, bad)
         rows = None if logits is None else torch.from_numpy(logits)
         return _Finished(StepOutput(token_ids, logprobs, ranks, top_ids, top_logprobs, rows), error)
 
     def collect(self, handle: _Finished) -> StepOutput:
         if handle.error is not None:
-            raise ValueError(handle.error)
+            raise handle.error
         return handle.output
 
 

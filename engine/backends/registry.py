@@ -80,19 +80,36 @@ def default_device() -> tuple[str, str]:
     return "cpu", "PyTorch sees no GPU"
 
 
+def available_devices() -> list[str]:
+    """The devices that PyTorch can use here, by the names that ``device`` takes."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+
+def _available(device: str) -> str:
+    """``device``, which must be here; "cpu:0" and "mps:0", of which there is one only, as "cpu" and "mps"."""
+    name = device.removesuffix(":0") if device in ("cpu:0", "mps:0") else device
+    if name not in (available := available_devices()):
+        raise ValueError(f"device {device!r} is not available here; choose from auto, {', '.join(available)}")
+    return name
+
+
 def choose(
     backend: str = "auto", dtype: str = "auto", device: str = "auto", model: ModelConfig | None = None
 ) -> Choice:
     """Settle every "auto", for a model where one is given.
 
     Raises:
-        ValueError: the backend is not known, or left to "auto" with a dtype that none has; with those that are.
+        ValueError: the backend is not known, PyTorch does not have the device here, or the backend is left to "auto"
+            with a dtype that none has; with those that are.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
     where, device_reason = default_device()
     if device != "auto":
-        where, device_reason = device, "asked for"
+        where, device_reason = _available(device), "asked for"
     elif backend != "auto" and where not in BACKENDS[backend]().devices:
         where, device_reason = BACKENDS[backend]().devices[0], f"the one that {backend} runs on"
     name, reason = (backend, "asked for") if backend != "auto" else _fastest(dtype, where, model)

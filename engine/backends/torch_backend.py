@@ -18,6 +18,7 @@ from engine.backends import torch_sampling
 from engine.backends.base import Backend, Batch, Capacity, StepOutput
 from engine.backends.checks import check_batch, check_choice, check_no_screen_head, check_no_strict_jit, free_memory
 from engine.config import ModelConfig
+from engine.messages import UndrawableRow
 from engine.reference import ACTIVATIONS
 
 
@@ -251,6 +252,6 @@ def _check_logits(logits: torch.Tensor) -> None:
     bad = ~torch.isfinite(top)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"the logits of drawn row {row} have maximum {top[row].item()}: no token can be drawn from them"
+        raise UndrawableRow(
+            f"the logits of drawn row {row} have maximum {top[row].item()}: no token can be drawn from them", row
         )

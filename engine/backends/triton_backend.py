@@ -31,6 +31,7 @@ from engine.backends.checks import (
 )
 from engine.backends.later_steps import later_steps
 from engine.config import ModelConfig
+from engine.messages import UndrawableRow
 
 if TYPE_CHECKING:
     from engine.backends.triton_step import StepTensors
@@ -236,4 +237,4 @@ def _check_status(status: npt.NDArray[np.int32]) -> None:
     """Refuse a step with a row from which no token could be drawn."""
     for row in np.flatnonzero(status):
         why = "hold NaN or +inf" if status[row] == 1 else "exclude every token"
-        raise ValueError(f"the logits of drawn row {row} {why}: no token can be drawn from them")
+        raise UndrawableRow(f"the logits of drawn row {row} {why}: no token can be drawn from them", int(row))

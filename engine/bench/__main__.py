@@ -23,16 +23,17 @@ from engine.bench.measure import (
     read_bandwidth,
 )
 from engine.bench.plan import BATCHES, CARDS, plan
-from engine.bench.plot import save_plot
+from engine.bench.plot import chart_path, save_plot
 from engine.bench.presets import PRESETS, preset_config, random_checkpoint
 from engine.bench.report import print_batches, print_check, print_headline, print_loops
 from engine.checkpoints.canonical import Checkpoint, to_reference
 from engine.checkpoints.load import load_checkpoint
-from engine.cli import add_model_options, model_options, run
+from engine.cli import add_model_options, console, model_options, run, writable
 from engine.llm import DEMO_MODEL, LLM
 from engine.machine import processor_name
 from engine.messages import SamplingParams
 from engine.optimize import optimize
+from engine.options import dtype_name
 from engine.reference import GPTModel
 
 COMMAND = "python -m engine.bench"
@@ -65,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=3, help="runs that count (default: %(default)s)")
     bench.add_argument("--quick", action="store_true", help="small sizes: --batch 1,4 --gen-len 16 --repeats 1")
     bench.add_argument("--no-naive", action="store_true", help="leave the naive loop out: it is slow on a large model")
-    bench.add_argument("--json", type=Path, help="write the JSON document to a file, too")
-    bench.add_argument("--plot", type=Path, help="write a chart (PNG)")
+    bench.add_argument("--json", type=writable, help="write the JSON document to a file, too")
+    bench.add_argument("--plot", type=chart_path, help="write a chart (PNG)")
     add_model_options(made)
     return made
 
@@ -85,7 +86,7 @@ def main() -> None:
         raise ValueError("--preset and --model exclude each other")
     if args.gen_len < 3 or args.prompt_len < 8 or args.repeats < 1:
         raise ValueError("--gen-len must be at least 3, --prompt-len at least 8, --repeats at least 1")
-    console = Console(file=sys.stdout, soft_wrap=True)
+    out = console()
     checkpoint = _checkpoint(args)
     llm = _llm(args, checkpoint, max(batches))
     if args.prompt_len + args.gen_len > llm.max_model_len:
@@ -93,39 +94,43 @@ def main() -> None:
             f"--prompt-len {args.prompt_len} and --gen-len {args.gen_len} exceed the context of {llm.max_model_len}"
         )
     if args.preset is None and args.model is None:
-        _show_sample(console, llm)
+        _show_sample(out, llm)
     reference = to_reference(checkpoint.config, checkpoint.weights)
     prompts = _prompts(llm.model_config.vocab_size, max(batches), args.prompt_len)
     progress = Console(file=sys.stderr)
     with progress.status("checking the engine against GPTModel"):
         check = check_against_reference(llm, reference, [p[: 16 + 7 * i] for i, p in enumerate(prompts[:2])], 24)
     if not check.passed:
-        print_check(console, check)
+        print_check(out, check)
         raise SystemExit("the engine disagrees with the reference on this model: no speed is printed")
     results: dict[str, Any] = {"check": dataclasses.asdict(check)}
     loops: dict[str, LoopResult] = {}
     if not args.no_naive:
         with progress.status("the naive loop, optimize, and the engine"):
             loops = _loops(args, checkpoint, llm, reference, prompts[0])
-        print_headline(console, loops)
-    print_check(console, check)
+        print_headline(out, loops)
+    print_check(out, check)
     if loops:
-        print_loops(console, loops, args.prompt_len, args.gen_len)
+        print_loops(out, loops, args.prompt_len, args.gen_len)
     measured, bandwidth = _measure(progress, llm, prompts, batches, args)
     name = args.preset or args.model or "the demo model"
     title = f"{name}, {llm.backend.name} backend, {llm.dtype} on {llm.device}"
-    print_batches(console, measured, bandwidth, f"{title}: prompts of {args.prompt_len}, {args.gen_len} tokens each")
+    print_batches(out, measured, bandwidth, f"{title}: prompts of {args.prompt_len}, {args.gen_len} tokens each")
     results |= {"machine": _machine(), "model": name, "backend": llm.backend.name, "dtype": llm.dtype}
     results |= {"device": llm.device, "prompt_len": args.prompt_len, "gen_len": args.gen_len}
     results |= {"loops": {key: dataclasses.asdict(loop) for key, loop in loops.items()}}
     results |= {"read_bandwidth": bandwidth, "batches": [_numbers(b, bandwidth) for b in measured]}
+    _hand_out(results, args.json)
     if args.plot:
         save_plot(args.plot, title, loops, measured, bandwidth)
-        console.print(f"chart written to {args.plot}")
+        progress.print(f"chart written to {args.plot}")
+
+
+def _hand_out(results: dict[str, Any], path: Path | None) -> None:
     document = json.dumps(results)
-    if args.json:
-        args.json.write_text(document + "\n")
-    print(document, flush=True)
+    print(document, flush=True)  # first: whatever becomes of the file
+    if path:
+        path.write_text(document + "\n")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -144,12 +149,8 @@ def _plan(args: argparse.Namespace) -> None:
     if not 1 <= context <= config.context_length:
         raise ValueError(f"--prompt-len {args.prompt_len} and --gen-len {args.gen_len} do not fit a context of 1024")
     batches = _sizes(args.batch) if args.batch else list(BATCHES)
-    console = Console(file=sys.stdout, soft_wrap=True)
-    dtype = "bfloat16" if args.dtype == "auto" else args.dtype
-    document = json.dumps(plan(console, name, config, args.plan, dtype, batches, context))
-    if args.json:
-        args.json.write_text(document + "\n")
-    print(document, flush=True)
+    dtype = "bfloat16" if args.dtype == "auto" else dtype_name(args.dtype)
+    _hand_out(plan(console(), name, config, args.plan, dtype, batches, context), args.json)
 
 
 def _sizes(text: str) -> list[int]:

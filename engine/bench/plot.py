@@ -1,27 +1,40 @@
 """The bench's chart."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.bench.measure import BatchResult, LoopResult
+from engine.cli import writable
 
 _INK, _MUTED, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
 _COLOURS = ("#9ca3af", "#60a5fa", "#2563eb", "#1e3a8a")
 
 
-def save_plot(
-    path: Path, title: str, loops: dict[str, LoopResult], batches: Sequence[BatchResult], bandwidth: float
-) -> None:
-    """Write a PNG: the loops as bars on the left, decode throughput against the ceiling on the right.
+def chart_path(text: str) -> Path:
+    """An argument's path for a chart, once it is known that it can be written and in which format.
 
     Raises:
+        ArgumentTypeError: it cannot be written, or its ending names no format.
         ImportError: matplotlib is not installed, with the line that installs it.
     """
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ImportError("--plot needs matplotlib: pip install matplotlib") from error
+    path, known = writable(text), sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text} must end in one of .{', .'.join(known)}")
+    return path
+
+
+def save_plot(
+    path: Path, title: str, loops: dict[str, LoopResult], batches: Sequence[BatchResult], bandwidth: float
+) -> None:
+    """Write a chart: the loops as bars on the left, decode throughput against the ceiling on the right."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=12, color=_INK, x=0.01, ha="left", weight="bold")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25)) if loops else (None, figure.subplots())

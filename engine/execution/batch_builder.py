@@ -153,17 +153,23 @@ class _SamplingBuilder:
 def _of_params(params: Sequence[SamplingParams]) -> dict[str, Any]:
     """The fields of a ``SamplingBatch`` that are functions of the options."""
     floats = {
-        name: np.asarray([getattr(p, name) for p in params], np.float32)
+        name: _as_float32([getattr(p, name) for p in params])
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
     }
     biased = any(p.logit_bias for p in params)
     return floats | {
-        "top_k": np.asarray([max(0, p.top_k) for p in params], np.int32),
+        "top_k": np.asarray([min(max(0, p.top_k), 2**31 - 1) for p in params], np.int32),
         "num_logprobs": max(p.logprobs or 0 for p in params),
         "logit_bias": _sparse((p.logit_bias or {}).items() for p in params) if biased else None,
         "ranks": any(p.logprobs is not None for p in params),
         "token_only": np.asarray([_is_token_only(p) for p in params], np.bool_),
     }
+
+
+def _as_float32(values: Sequence[float]) -> npt.NDArray[np.float32]:
+    """The nearest float32; of a positive one that is positive, too, and finite."""
+    wide, limits = np.asarray(values, np.float64), np.finfo(np.float32)
+    return np.where(wide > 0, np.clip(wide, limits.tiny, limits.max), wide).astype(np.float32)
 
 
 def _is_token_only(p: SamplingParams) -> bool:

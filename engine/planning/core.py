@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from engine.messages import Event, StepPlan, StepResult
+from engine.messages import Event, StepPlan, StepResult, UndrawableRow
 from engine.planning.scheduler import Scheduler
 from engine.planning.sequence import Sequence
 
@@ -39,9 +39,14 @@ class EngineCore:
     def step(self, most: int = 1) -> list[Event]:
         """Run one step, or up to ``most`` where nothing that is decided between them could be decided otherwise.
 
-        Returns the tokens drawn, step by step, at most one per sequence in each; none when idle.
+        Returns the tokens drawn, step by step, at most one per sequence in each; none when idle. A sequence for which
+        none can be drawn ends alone: that is what is returned then, and the others take the same step again.
         """
         plan = self._scheduler.plan(most)
         if not plan.sequences:
             return []
-        return [event for result in self._execute(plan) for event in self._scheduler.commit(plan, result)]
+        try:
+            results = self._execute(plan)
+        except UndrawableRow as error:
+            return [self._scheduler.fail(plan, error)]
+        return [event for result in results for event in self._scheduler.commit(plan, result)]

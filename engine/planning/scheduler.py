@@ -8,7 +8,7 @@ the longest it can become, so that nothing that runs is ever stopped for lack of
 from collections import deque
 
 from engine.config import EngineConfig
-from engine.messages import Event, SequencePlan, StepPlan, StepResult
+from engine.messages import Event, SequencePlan, StepPlan, StepResult, UndrawableRow
 from engine.planning.block_manager import BlockManager
 from engine.planning.sequence import Sequence
 
@@ -78,13 +78,19 @@ class Scheduler:
                     draw=sequence.next_draw() if count == wanted else None,
                 )
             )
-        if most == 1 or not all(len(part.token_ids) == 1 and part.draw for part in parts):
+        if most == 1 or not parts or not all(len(part.token_ids) == 1 and part.draw for part in parts):
             return StepPlan(parts)
         # Until one of them ends nothing changes: who waits now waits for blocks or a place.
         running = self._running.values()
         most = min(most, *(sequence.num_draws_ahead for sequence in running))
         endings = {token_id for sequence in running for token_id in sequence.final_ids}
         return StepPlan(parts, num_steps=most, ending_ids=tuple(endings))
+
+    def fail(self, plan: StepPlan, error: UndrawableRow) -> Event:
+        """End the sequence that a plan cannot be run with; the others stand where they stood before it."""
+        drawing = [part.seq_id for part in plan.sequences if part.draw is not None]
+        self.abort(drawing[error.row])
+        return Event(drawing[error.row], None, "error", str(error))
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._config.max_num_seqs:

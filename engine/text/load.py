@@ -87,7 +87,8 @@ def _from_path(path: Path, vocab_size: int, eos_token_id: int | None) -> TextCod
 def _gpt2(vocab_size: int, eos_token_id: int | None) -> TiktokenCodec:
     if vocab_size < GPT2_SIZE:
         raise ValueError(
-            f"GPT-2's vocabulary has {GPT2_SIZE} tokens, the model's {vocab_size}: pass its own tokenizer="
+            f"GPT-2's vocabulary has {GPT2_SIZE + 1} tokens ({GPT2_SIZE} without {END_OF_TEXT}), the model's "
+            f"{vocab_size}: pass its own tokenizer="
         )
     whole = vocab_size > GPT2_SIZE
     name = "GPT-2's vocabulary"
