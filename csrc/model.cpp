@@ -79,8 +79,8 @@ Model::Model(Config config)
   qkv_width_ = width(3 * c.embed_dim);
   hidden_width_ = width(c.hidden_dim);
   vocab_width_ = width(c.vocab_size);
-  const bool rounds = c.storage == Storage::bf16 && !kernels_->plain(c.storage);
-  hidden_bf16_ = rounds ? prepared_bytes(c.storage, round_up(c.hidden_dim, kernels_->panel)) / 2 : 0;
+  hidden_is_bf16_ = c.storage == Storage::bf16 && !kernels_->plain(c.storage);
+  hidden_stride_ = hidden_is_bf16_ ? prepared_bytes(c.storage, round_up(c.hidden_dim, kernels_->panel)) / 2 : hidden_width_;
   for (const int64_t rows : {int64_t{1}, INT64_MAX}) {  // few and many
     const Storage form = kernels_->row_form(c.storage, rows);
     max_row_bytes_ = std::max({max_row_bytes_, prepared_bytes(form, c.embed_dim), prepared_bytes(form, c.hidden_dim)});

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "buffer.hpp"
@@ -90,6 +91,10 @@ class Model {
   void copy_blocks(const Batch& batch);
   void embed(const Batch& batch, int64_t row);
   void write_cache(Team& team, const Batch& batch, int64_t layer);
+  struct Unit {  // attention of one head for a few queries
+    int32_t sequence, first, count;
+  };
+  std::pair<const Unit*, int64_t> unit_and_head(int64_t index, bool shared) const;
   Attention attention(const Batch& batch, int64_t layer, int64_t index, int thread) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                     int64_t rows);
@@ -124,7 +129,8 @@ class Model {
   // Work space, grown to the largest step. Strides are in floats and have room for whole panels.
   int64_t width_, qkv_width_, hidden_width_, vocab_width_;
   int64_t max_row_bytes_ = 0;  // of a prepared row
-  int64_t hidden_bf16_;    // values of a row of hidden_ where it holds what fc2 multiplies, in bf16; else 0
+  bool hidden_is_bf16_ = false;  // hidden_ holds what fc2 multiplies, with hidden_stride_ values a row, and no floats
+  int64_t hidden_stride_ = 0;
   Buffer x_, qkv_, attended_, hidden_, prepared_, scales_;
   Buffer gathered_, head_out_, thread_space_;
   struct {  // where, in the floats of a thread
@@ -132,9 +138,6 @@ class Model {
   } space_{};
   float* space(int thread) const { return thread_space_.floats() + thread * space_.size; }
   int64_t score_stride_ = 0;
-  struct Unit {  // attention of one head for a few queries
-    int32_t sequence, first, count;
-  };
   std::vector<Unit> units_;
   // Rows of the batch after which tokens are drawn: with all logits, each once, and by the screen, one for every draw.
   std::vector<int32_t> wanted_, screened_;

@@ -178,14 +178,19 @@ void Model::write_cache(Team& team, const Batch& b, int64_t layer) {
   });
 }
 
+// Of the index-th piece of a layer's attention. Where several units share a sequence's K and V, head by head, so that
+// neighbours read the same: units 0, 1, 2... of head 0, then of head 1. Else as K and V lie in the blocks: heads 0, 1, 2...
+// of unit 0, then of unit 1.
+std::pair<const Model::Unit*, int64_t> Model::unit_and_head(int64_t index, bool shared) const {
+  const int64_t inner = shared ? static_cast<int64_t>(units_.size()) : config_.n_heads;
+  const int64_t slow = index / inner, fast = index % inner;
+  return {units_.data() + (shared ? fast : slow), shared ? slow : fast};
+}
+
 Attention Model::attention(const Batch& b, int64_t layer, int64_t index, int thread) const {
-  // Head by head, so that neighbouring units read the same keys and values; where there are no such units, as K and V
-  // lie in the blocks.
-  const int64_t units = static_cast<int64_t>(units_.size());
-  const bool shared = units > b.num_sequences;
-  const int64_t head = shared ? index / units : index % config_.n_heads;
-  const Unit& unit = units_[static_cast<size_t>(shared ? index % units : index / config_.n_heads)];
-  const int64_t dim = config_.head_dim();
+  const auto found = unit_and_head(index, static_cast<int64_t>(units_.size()) > b.num_sequences);
+  const Unit& unit = *found.first;
+  const int64_t head = found.second, dim = config_.head_dim();
   Attention a;
   a.q = qkv_.floats() + unit.first * qkv_width_ + head * dim;
   a.q_stride = qkv_width_;
@@ -254,7 +259,7 @@ void Model::linear(Team& team, int thread, const Packed& matrix, const float* x,
 
 void Model::run_layers(Team& team, int thread, const Batch& b) {
   const int64_t rows = b.num_tokens;
-  uint16_t* hidden_bf16 = hidden_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
+  uint16_t* hidden_bf16 = hidden_is_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
   team.for_each(rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) embed(b, row);
   });
@@ -271,10 +276,10 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
     });
     linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add});
     linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,
-           {hidden_.floats(), hidden_bf16_ ? hidden_bf16_ : hidden_width_, config_.activation, hidden_bf16});
+           {hidden_.floats(), hidden_stride_, config_.activation, hidden_bf16});
     const Output out{x_.floats(), width_, Epilogue::add};
     if (hidden_bf16) {
-      multiply(team, thread, block.fc2, {hidden_.data(), hidden_bf16_ * 2, nullptr}, rows, out);
+      multiply(team, thread, block.fc2, {hidden_.data(), hidden_stride_ * 2, nullptr}, rows, out);
     } else {
       linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows, out);
     }

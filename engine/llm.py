@@ -45,8 +45,8 @@ class LLM:
         revision: of a hub name.
         seed: makes the seeds drawn for requests without one reproducible.
         gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take; nothing on a CPU.
-        options: the fields of ``EngineConfig``, and vLLM's arguments that change nothing here, which are named in the log
-            where they are not vLLM's defaults.
+        options: the fields of ``EngineConfig``, and vLLM's arguments that change nothing here; the log names those that
+            are not vLLM's defaults.
 
     Raises:
         ValueError: an option's value is not accepted, the checkpoint does not fit, the backend lacks something.
