@@ -11,6 +11,7 @@ import threading
 import types
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,11 +21,12 @@ from torch import nn
 
 from engine.backends.base import Backend
 from engine.backends.registry import choose
-from engine.checkpoints.live import Recognised, canonical_weights, recognise
+from engine.checkpoints.live import canonical_weights, recognise
+from engine.config import EngineConfig
 from engine.execution.batch_builder import BatchBuilder
 from engine.execution.runner import Runner
 from engine.live.logits import LogitsBuffer, logits_tensor
-from engine.live.self_check import check_logits, check_parts, plain_logits, probe_ids
+from engine.live.self_check import check_logits, check_parts, long_probe_ids, plain_logits, probe_ids
 from engine.live.structure import LiveStructure
 from engine.live.weights import WeightWatch
 from engine.logs import get_logger
@@ -36,14 +38,25 @@ BLOCK_SIZE = 16
 STEP_TOKENS = 4096  # a longer prefill runs in several steps
 STEP_SEQUENCES = 256
 
+_requires_grad = attrgetter("requires_grad")
+
 
 def optimize(module: ModuleT, *, backend: str = "auto", threads: int | None = None) -> ModuleT:
     """Return ``module`` with a fast ``forward``: an object of a class below the module's own that shares its state.
 
     Parameters, attributes and methods are the module's; methods that return ``self`` return the fast object. The
     logits have the module's dtype, and autocast is off inside. They carry no gradient: a backward through them raises.
-    In training mode the call is refused if a dropout is above 0. New weights are noticed at the next call, edits of
-    single elements through ``.data`` excepted: call ``refresh()`` after those.
+    In training mode the call is refused if a dropout is above 0: an ``nn.Dropout``, or a number from 0 to 1 that a part
+    has as an attribute with "drop" in its name.
+
+    Changes are noticed at the next call. New weights are taken over. Of edits through ``.data`` or NumPy those are seen
+    that touch one of some 32 elements of a tensor, equally far apart: of a whole tensor, or of a 30th of it in one
+    piece, but rarely of one element, row or column; call ``refresh()`` after those. After any other change (a constant
+    such as eps, an activation, a hook, a forward, another submodule or buffer) the module is read anew and checked as
+    here, and may be refused; edits inside a buffer, a list or an object of another kind are not seen.
+
+    Logits that a caller edited in place are not given out again, with one exception: edits through ``.data`` or NumPy
+    of a few elements of a position that was not the last of the latest call, and on a GPU any through ``.data``.
 
     Args:
         module: a live module of the course's or the book's shape.
@@ -51,10 +64,17 @@ def optimize(module: ModuleT, *, backend: str = "auto", threads: int | None = No
         threads: CPU threads of the native or torch backend; None: as many as this process may use.
 
     Raises:
+        TypeError: ``module`` is no ``nn.Module``.
         ValueError: the module's structure is not one that is supported, a part of it computes something else than
-            its structure says, or the backend does not have the module's dtype or device. Nothing is changed then.
+            its structure says, its weights are not finite, or the backend does not have the module's dtype or device.
+            Nothing is changed then.
     """
     cls = type(module)
+    if not isinstance(module, nn.Module):
+        got = f"the class {module.__qualname__}" if isinstance(module, type) else cls.__qualname__
+        raise TypeError(f"engine.optimize takes a live GPT module, an instance of a torch.nn.Module, got {got}")
+    if "forward" in vars(module):
+        raise ValueError(f"{cls.__qualname__} has a forward set on the object, which hides its class's own; delete it")
     if hasattr(cls, "_accelerator"):
         raise ValueError(f"{cls.__qualname__} was made by engine.optimize already; pass the module it was made from")
     accelerator = Accelerator(module, backend, threads)
@@ -70,7 +90,7 @@ def _subclass(cls: type[ModuleT], accelerator: "Accelerator") -> type[ModuleT]:
         return accelerator.forward(*args, **kwargs)
 
     def refresh(self: nn.Module) -> None:
-        """Read all weights again; needed only after edits of single elements through ``.data``."""
+        """Read all weights again; needed only after edits of elements, rows or columns by ``.data`` or NumPy."""
         accelerator.refresh()
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
@@ -96,6 +116,7 @@ class Accelerator:
     """What stands behind an optimized module: a backend with the module's weights, and the context it saw last."""
 
     def __init__(self, module: nn.Module, backend: str, threads: int | None) -> None:
+        EngineConfig(backend=backend, threads=threads)  # its checks
         self.module = module
         self.description = ""
         self._backend_name, self._threads = backend, threads
@@ -119,7 +140,7 @@ class Accelerator:
     def refresh(self) -> None:
         """Take all weights anew, whatever the signs say."""
         with self._lock:
-            self._update()
+            self._follow_signs(all_anew=True)
 
     def _bind(self) -> None:
         """Recognise the module as it is now, make a backend for it, and check the two against each other."""
@@ -144,8 +165,10 @@ class Accelerator:
         self._runner = Runner(self._backend, builder)
         self._num_rows = 0  # sequences that the KV cache has room for
         self._buffer: LogitsBuffer | None = None
-        self._watch_module(recognised)
+        self._structure = LiveStructure(self.module, recognised.sources)
+        self._watch_weights()
         difference = self._self_check(choice.dtype, recognised.description)
+        self._structure.settle()
         self._passed = True
         self.description = (
             f"{recognised.description}; {choice.backend.name} backend, {choice.dtype} on {choice.device}; "
@@ -171,11 +194,13 @@ class Accelerator:
                 "call eval() first"
             )
 
-    def _follow_signs(self) -> None:
-        parameters = self._structure.parameters()
-        if parameters is None or not self._passed:
+    def _follow_signs(self, all_anew: bool = False) -> None:
+        parameters = self._structure.parameters() if self._passed else None
+        if parameters is None:
             self._bind()
-        elif self._watch.touched(parameters):
+            return
+        self._parameters = parameters
+        if all_anew or self._watch.touched(parameters):
             self._update()
 
     def _check_shape(self, in_idx: torch.Tensor) -> None:
@@ -203,25 +228,27 @@ class Accelerator:
             return
         self._buffer = None
         self._backend.update_weights(weights)
-        self._watch_module(recognised)
+        self._watch_weights()
 
-    def _watch_module(self, recognised: Recognised) -> None:
-        """Remember the module as it is now."""
-        self._structure = LiveStructure(self.module, recognised.sources)
+    def _watch_weights(self) -> None:
+        """Remember the weights as they are now."""
         parameters = self._structure.parameters()
         assert parameters is not None, "it was read just now"
+        self._parameters = parameters
         self._watch = WeightWatch(parameters)
 
     def _self_check(self, dtype: str, description: str) -> float:
-        """Compare with the module on a probe, whole and token by token; returns the largest logit difference."""
+        """Compare with the module on two probes, one token by token; returns the largest logit difference."""
         check_parts(self.module, self._model)
-        ids = probe_ids(self._model)
-        wanted = plain_logits(self.module, ids, self._model)
-        length = ids.shape[1]
-        for end in range(length // 2 + 1, length + 1):
-            got = self._logits_of(ids[:, :end].numpy())
-        self._buffer = None
-        return check_logits(got.detach(), wanted, dtype, description)
+        differences = []
+        for ids, steps in ((probe_ids(self._model), True), (long_probe_ids(self._model), False)):
+            wanted = plain_logits(self.module, ids, self._model)
+            length = ids.shape[1]
+            for end in range(length // 2 + 1 if steps else length, length + 1):
+                got = self._logits_of(ids[:, :end].numpy())
+            self._buffer = None
+            differences.append(check_logits(got.detach(), wanted, dtype, description))
+        return max(differences)
 
     def _logits_of(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
         """``[B, T]`` to ``[B, T, V]``: what the buffer has, and the rest computed."""
@@ -229,7 +256,7 @@ class Accelerator:
             rows, length = ids.shape
             if rows > self._num_rows:
                 self._allocate(rows)
-            buffer = LogitsBuffer.after(self._buffer, ids, self._new_tensor)
+            buffer = LogitsBuffer.after(self._buffer, ids, self._gradient_source() is not None, self._new_tensor)
             known = buffer.length
             plans = self._plans(ids, known)
             self._buffer = None  # until the new positions are in, nothing is known
@@ -249,8 +276,10 @@ class Accelerator:
 
     def _new_tensor(self, rows: int, length: int) -> torch.Tensor:
         """Room for the logits of ``length`` positions or more; a part of the graph where the module's would be."""
-        source = next((p for p in self._structure.parameters() or () if p.requires_grad), None)
-        return logits_tensor(rows, length, self._model, self._dtype, self._device, source)
+        return logits_tensor(rows, length, self._model, self._dtype, self._device, self._gradient_source())
+
+    def _gradient_source(self) -> torch.Tensor | None:
+        return next(filter(_requires_grad, self._parameters), None)
 
     def _plans(self, ids: npt.NDArray[np.int64], known: int) -> list[StepPlan]:
         """Steps that run positions ``known`` to the end of every row, each within the limits of a step."""

@@ -123,9 +123,9 @@ def test_the_original_forward_is_not_called_again() -> None:
 
     torch.manual_seed(0)
     fast = engine.optimize(Counting(ODD_CONFIGS["plain"]).eval())
-    assert len(calls) == 1  # the self-check
+    assert len(calls) == 2  # the self-check's probes
     generate_greedy(fast, IDS, 20)
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_it_is_the_module() -> None:
@@ -518,12 +518,27 @@ def test_an_optimizer_step_on_one_element_is_seen(options: dict[str, bool]) -> N
     assert same(fast, model)
 
 
-def test_refresh_after_an_edit_that_nothing_sees() -> None:
+@pytest.mark.parametrize("place", [(5, 7), 5, (slice(None), 7)], ids=["element", "row", "column"])
+def test_refresh_after_an_edit_that_nothing_sees(place: Any) -> None:
     fast, model = fast_and_plain()
     fast(IDS)
-    model.tok_emb.weight.data[5, 7] += 3.0  # one element, through .data
+    model.tok_emb.weight.data[place] *= -9.0
+    assert not same(fast, model)  # as the docstring says
     fast.refresh()
     assert same(fast, model)
+
+
+@pytest.mark.parametrize("width", [17, 40, 768])
+def test_a_30th_of_a_tensor_edited_in_one_piece_is_seen(width: int) -> None:
+    tensor = torch.zeros(97, width)
+    watch = weights.WeightWatch([tensor])
+    flat, none = tensor.view(-1).data, torch.empty(0, dtype=torch.int64)
+    piece = len(flat) // 30
+    for start in range(0, len(flat) - piece, 7):
+        flat[start : start + piece] += 1
+        assert watch.compare(none)[1]
+        flat[start : start + piece] -= 1
+    assert not watch.compare(none)[1]
 
 
 def test_another_models_optimizer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,3 +631,9 @@ def test_a_forward_that_returns_something_else_is_refused() -> None:
 def test_other_modules_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Linear"):
         engine.optimize(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("threads", [0, 1.5, 60_000])
+def test_threads_that_are_no_number_of_threads_are_refused(threads: Any) -> None:
+    with pytest.raises(ValueError, match="threads must be"):
+        engine.optimize(tiny_module(), threads=threads)

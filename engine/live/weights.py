@@ -2,8 +2,9 @@
 
 No single sign is enough. Pointers and version counters see an in-place operation and a replaced Parameter, but not a
 fused optimizer step, an edit through ``.data`` or a write through NumPy; the optimizer hook sees every optimizer step;
-the fingerprint, some elements of every tensor compared bit for bit, sees what changes a tensor as a whole. What none of
-them sees is an edit through ``.data`` of single elements between the sampled ones: that needs ``refresh()``.
+the fingerprint, some elements of every tensor compared bit for bit, sees what changes a tensor as a whole, or a 30th of
+it in one piece. What none of them sees is an edit through ``.data`` or NumPy that falls between the sampled elements,
+as one of an element, a row or a column does mostly: that needs ``refresh()``.
 """
 
 import weakref
@@ -18,6 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 SAMPLES = 32  # elements of each tensor in the fingerprint at least, where it has as many; fewer than twice that
 
 Places = tuple[torch.Tensor, ...]  # an index for each dimension
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _watches: "weakref.WeakSet[WeightWatch]" = weakref.WeakSet()
 
@@ -66,6 +69,12 @@ class WeightWatch:
         return host_ids, not all(map(np.array_equal, values, self._values))
 
 
+def integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as signed integers of the elements' size, out of the graph: NaN is equal to itself there."""
+    bits = tensor.detach()
+    return bits.view(INTEGERS[bits.element_size()])
+
+
 def _identity(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int], list[int]]:
     """Objects, memory and version counters (inference tensors have none)."""
     versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
@@ -88,8 +97,7 @@ class _Fingerprint:
         self._views: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         self._gathered: dict[tuple[torch.device, torch.dtype], list[tuple[torch.Tensor, Places]]] = {}
         for tensor in tensors:
-            bits = tensor.detach()
-            bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+            bits = integers(tensor)
             if bits.dim() == 2 and bits.t().is_contiguous():
                 bits = bits.t()  # as the elements lie in memory
             step = max(1, (bits.numel() - 1) // (SAMPLES - 1))
