@@ -191,8 +191,8 @@ class Backend(ABC):
         """Return a submitted step's output, waiting for what of it comes to the host.
 
         Raises:
-            UndrawableRow: the logits of a drawn row hold NaN or +inf, or exclude every token. The step can be taken again
-                without that row.
+            UndrawableRow: the logits of a drawn row hold NaN or +inf, or exclude every token. The step can be taken
+                again without that row.
         """
 
     @abstractmethod
