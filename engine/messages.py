@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, SupportsFloat, SupportsIndex
+from typing import NamedTuple, SupportsFloat
 
 MAX_LOGPROBS = 20  # top-N logprobs that a request may ask for
 GREEDY_BELOW = 1e-5  # a temperature: logits divided by much less would overflow, and who could be drawn would be chance
@@ -17,11 +17,13 @@ LARGEST_FLOAT = 3.4e38  # that float32 holds
 
 def whole(value: object) -> int | None:
     """An integer of any library's, or None for what is none."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    if type(value) is int:  # asked of every token of a prompt
+        return value
+    if isinstance(value, bool):
         return None
     try:
-        return operator.index(value)
-    except TypeError:  # an array of several
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
         return None
 
 
