@@ -55,6 +55,8 @@ struct Rows {
   const uint8_t* data;
   int64_t stride;      // bytes
   const float* scale;  // one per row, of the quantised forms
+
+  Rows from(int64_t row) const { return {data + row * stride, stride, scale ? scale + row : nullptr}; }
 };
 
 struct Output {
@@ -62,6 +64,11 @@ struct Output {
   int64_t stride;  // of `data` or `rounded`, in its elements; at least num_panels * panel
   Epilogue epilogue;
   uint16_t* rounded = nullptr;  // bf16, where it is not null: the results go there instead. Not where bf16 is `plain`.
+
+  Output from(int64_t row) const {
+    if (rounded) return {data, stride, epilogue, rounded + row * stride};
+    return {data + row * stride, stride, epilogue};
+  }
 };
 
 // A block of the KV cache, of one layer: K and V of every head in turn. A head's K is [head_dim, block_lanes],

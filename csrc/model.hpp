@@ -90,12 +90,24 @@ class Model {
   int64_t reserve_head(const Batch& batch);
   void copy_blocks(const Batch& batch);
   void embed(const Batch& batch, int64_t row);
-  void write_cache(Team& team, const Batch& batch, int64_t layer);
+  // A step's rows in shares, each of which the same threads work on in all phases where they can: what they wrote is in
+  // their own caches, from which other cores fetch it slowly.
+  struct Shares {
+    int64_t rows, count;
+    int64_t begin(int64_t share) const { return share == count ? rows : rows * share / count / kLanes * kLanes; }
+    int64_t size(int64_t share) const { return begin(share + 1) - begin(share); }
+  };
   struct Unit {  // attention of one head for a few queries
     int32_t sequence, first, count;
   };
-  std::pair<const Unit*, int64_t> unit_and_head(int64_t index, bool shared) const;
-  Attention attention(const Batch& batch, int64_t layer, int64_t index, int thread) const;
+  Shares shares_of(int64_t rows) const;
+  template <class Body>
+  void for_rows(Team& team, int thread, int64_t rows, int64_t most, Body&& body) const;
+  void write_cache(Team& team, int thread, const Batch& batch, int64_t layer);
+  void attend(Team& team, int thread, const Batch& batch, int64_t layer);
+  int64_t first_unit(int64_t row) const;
+  std::pair<const Unit*, int64_t> unit_and_head(const Unit* units, int64_t count, int64_t index, bool shared) const;
+  Attention attention(const Batch& batch, int64_t layer, const Unit& unit, int64_t head, int thread) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                     int64_t rows);
   void multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y);

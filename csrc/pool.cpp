@@ -108,12 +108,12 @@ void Gate::advance() {
   }
 }
 
-void Team::barrier() {
+void Team::barrier(int64_t shares) {
   place.note();
   const uint32_t phase = gate_.value();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
     arrived_.store(0, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
+    for (int64_t share = 0; share < shares; ++share) next_[share].value.store(0, std::memory_order_relaxed);
     gate_.advance();
   } else {
     gate_.wait_while(phase);

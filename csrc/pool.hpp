@@ -49,6 +49,8 @@ class Gate {
 // What a job sees of the threads that run it.
 class Team {
  public:
+  static constexpr int64_t kMostShares = 16;
+
   Team(int size, std::atomic<int>& sleepers) : size_(size), gate_(sleepers) {}
   int size() const { return size_; }
 
@@ -57,19 +59,40 @@ class Team {
   // runs it is chance, so a body's results must not depend on it.
   template <class Body>
   void for_each(int64_t count, int64_t most, Body&& body) {
-    for (int64_t begin = next_.load(std::memory_order_relaxed); begin < count;) {
-      const int64_t end = begin + std::clamp<int64_t>((count - begin) / (2 * size_), 1, most);
-      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      body(begin, end);
-      begin = next_.load(std::memory_order_relaxed);
-    }
+    take(next_[0].value, count, most, 2 * size_, body);
     barrier();
   }
-  void barrier();
+
+  // The same for each of `shares` shares, of size(share) each, by body(share, begin, end). A thread begins with a share of
+  // its own, always the same one, and helps with the others when nothing of it is left.
+  template <class Size, class Body>
+  void for_each_share(int thread, int64_t shares, int64_t most, Size&& size, Body&& body) {
+    const int64_t own = thread * shares / size_, halves = std::max<int64_t>(2 * size_ / shares, 2);
+    for (int64_t i = 0; i < shares; ++i) {
+      const int64_t share = (own + i) % shares;
+      take(next_[share].value, size(share), most, halves, [&](int64_t begin, int64_t end) { body(share, begin, end); });
+    }
+    barrier(shares);
+  }
+  void barrier(int64_t shares = 1);
 
  private:
+  struct alignas(64) Next {
+    std::atomic<int64_t> value{0};
+  };
+
+  template <class Body>
+  static void take(std::atomic<int64_t>& next, int64_t count, int64_t most, int64_t halves, Body&& body) {
+    for (int64_t begin = next.load(std::memory_order_relaxed); begin < count;) {
+      const int64_t end = begin + std::clamp<int64_t>((count - begin) / halves, 1, most);
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      body(begin, end);
+      begin = next.load(std::memory_order_relaxed);
+    }
+  }
+
   const int size_;
-  alignas(64) std::atomic<int64_t> next_{0};
+  Next next_[kMostShares];
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) Gate gate_;
 };

@@ -12,6 +12,7 @@ namespace {
 
 // With so few rows every thread prepares all of them for itself: that is cheaper than a barrier.
 constexpr int64_t kPrivateRows = 4;
+constexpr int64_t kShareRows = 64;      // of a share, at least
 constexpr int64_t kAttentionGrain = 6;  // units of attention that a thread takes at a time, at most
 
 void check_range(const char* what, int64_t value, int64_t low, int64_t high) {
@@ -165,32 +166,72 @@ void Model::embed(const Batch& b, int64_t row) {
   pos_emb_.add_row(b.positions[row], x);
 }
 
+Model::Shares Model::shares_of(int64_t rows) const {
+  return {rows, std::clamp<int64_t>(rows / kShareRows, 1, std::min<int64_t>(pool_.size(), Team::kMostShares))};
+}
+
+// Calls body(begin, end) for rows of a step. All threads call it and meet at its end.
+template <class Body>
+void Model::for_rows(Team& team, int thread, int64_t rows, int64_t most, Body&& body) const {
+  const Shares shares = shares_of(rows);
+  team.for_each_share(thread, shares.count, most, [&](int64_t share) { return shares.size(share); },
+                      [&](int64_t share, int64_t begin, int64_t end) {
+                        body(shares.begin(share) + begin, shares.begin(share) + end);
+                      });
+}
+
 // New tokens' K and V, as many tokens of a head at a time as a block holds. All threads call it and meet at its end.
-void Model::write_cache(Team& team, const Batch& b, int64_t layer) {
-  const int64_t groups = (b.num_tokens + config_.block_size - 1) / config_.block_size, heads = config_.n_heads;
-  team.for_each(groups * heads, heads, [&](int64_t begin, int64_t end) {
+void Model::write_cache(Team& team, int thread, const Batch& b, int64_t layer) {
+  const int64_t heads = config_.n_heads, size = config_.block_size;
+  const Shares shares = shares_of(b.num_tokens);
+  const auto group = [&](int64_t share) { return blocks_for(shares.begin(share), size); };  // the share's first
+  const auto pieces = [&](int64_t share) { return (group(share + 1) - group(share)) * heads; };
+  team.for_each_share(thread, shares.count, heads, pieces, [&](int64_t share, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / heads * config_.block_size;
+      const int64_t first = (group(share) + i / heads) * size;
       const float* k = qkv_.floats() + first * qkv_width_ + config_.embed_dim;
       kernels_->write_cache(shape_, i % heads, k, k + config_.embed_dim, qkv_width_, b.slots + first,
-                            std::min(config_.block_size, b.num_tokens - first), cache_block(layer, 0));
+                            std::min(size, b.num_tokens - first), cache_block(layer, 0));
     }
   });
 }
 
-// Of the index-th piece of a layer's attention. Where several units share a sequence's K and V, head by head, so that
-// neighbours read the same: units 0, 1, 2... of head 0, then of head 1. Else as K and V lie in the blocks: heads 0, 1, 2...
-// of unit 0, then of unit 1.
-std::pair<const Model::Unit*, int64_t> Model::unit_and_head(int64_t index, bool shared) const {
-  const int64_t inner = shared ? static_cast<int64_t>(units_.size()) : config_.n_heads;
-  const int64_t slow = index / inner, fast = index % inner;
-  return {units_.data() + (shared ? fast : slow), shared ? slow : fast};
+// The first unit from a row on: they are in the order of their rows.
+int64_t Model::first_unit(int64_t row) const {
+  const auto before = [](const Unit& unit, int64_t wanted) { return unit.first < wanted; };
+  return std::lower_bound(units_.begin(), units_.end(), row, before) - units_.begin();
 }
 
-Attention Model::attention(const Batch& b, int64_t layer, int64_t index, int thread) const {
-  const auto found = unit_and_head(index, static_cast<int64_t>(units_.size()) > b.num_sequences);
-  const Unit& unit = *found.first;
-  const int64_t head = found.second, dim = config_.head_dim();
+// Of the index-th piece of attention of `count` units. Where several units share a sequence's K and V, head by head, so
+// that neighbours read the same: units 0, 1, 2... of head 0, then of head 1. Else as K and V lie in the blocks: heads 0, 1,
+// 2... of unit 0, then of unit 1.
+std::pair<const Model::Unit*, int64_t> Model::unit_and_head(const Unit* units, int64_t count, int64_t index,
+                                                            bool shared) const {
+  const int64_t inner = shared ? count : config_.n_heads;
+  const int64_t slow = index / inner, fast = index % inner;
+  return {units + (shared ? fast : slow), shared ? slow : fast};
+}
+
+// A layer's attention. All threads call it and meet at its end.
+void Model::attend(Team& team, int thread, const Batch& b, int64_t layer) {
+  const Shares shares = shares_of(b.num_tokens);
+  const bool shared = static_cast<int64_t>(units_.size()) > b.num_sequences;
+  const auto first = [&](int64_t share) { return first_unit(shares.begin(share)); };
+  const auto pieces = [&](int64_t share) { return (first(share + 1) - first(share)) * config_.n_heads; };
+  team.for_each_share(thread, shares.count, kAttentionGrain, pieces, [&](int64_t share, int64_t begin, int64_t end) {
+    Attention items[kAttentionGrain];
+    const Unit* units = units_.data() + first(share);
+    const int64_t count = first(share + 1) - first(share);
+    for (int64_t i = begin; i < end; ++i) {
+      const auto found = unit_and_head(units, count, i, shared);
+      items[i - begin] = attention(b, layer, *found.first, found.second, thread);
+    }
+    kernels_->attention(shape_, items, end - begin);
+  });
+}
+
+Attention Model::attention(const Batch& b, int64_t layer, const Unit& unit, int64_t head, int thread) const {
+  const int64_t dim = config_.head_dim();
   Attention a;
   a.q = qkv_.floats() + unit.first * qkv_width_ + head * dim;
   a.q_stride = qkv_width_;
@@ -235,7 +276,7 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
     }
   };
   if (shared) {
-    team.for_each(rows, 4, prepare);
+    for_rows(team, thread, rows, 4, prepare);
   } else {
     prepare(0, rows);
   }
@@ -245,9 +286,13 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
 // y = epilogue(x W^T + b) for `rows` prepared rows. All threads call it and meet at its end.
 void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y) {
   const Matrix& m = matrix.view();
+  const Shares shares = shares_of(rows);
   // Few rows: long pieces, which stream best. Many rows: groups of panels, which use what they fetch of the rows.
-  team.for_each(m.num_panels, rows > 16 ? kernels_->panel_group : m.num_panels, [&](int64_t begin, int64_t end) {
-    kernels_->matmul(m, x, rows, y, begin, end, space(thread) + space_.matmul);
+  const int64_t most = rows > 16 ? kernels_->panel_group : m.num_panels;
+  const auto panels = [&](int64_t) { return m.num_panels; };
+  team.for_each_share(thread, shares.count, most, panels, [&](int64_t share, int64_t begin, int64_t end) {
+    const int64_t row = shares.begin(share);
+    kernels_->matmul(m, x.from(row), shares.size(share), y.from(row), begin, end, space(thread) + space_.matmul);
   });
 }
 
@@ -260,20 +305,15 @@ void Model::linear(Team& team, int thread, const Packed& matrix, const float* x,
 void Model::run_layers(Team& team, int thread, const Batch& b) {
   const int64_t rows = b.num_tokens;
   uint16_t* hidden_bf16 = hidden_is_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
-  team.for_each(rows, 16, [&](int64_t begin, int64_t end) {
+  for_rows(team, thread, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) embed(b, row);
   });
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     const Block& block = blocks_[static_cast<size_t>(layer)];
     linear(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows, {qkv_.floats(), qkv_width_, Epilogue::store});
     // All of it before any of it is read: a sequence may read a block that another one of this step fills.
-    write_cache(team, b, layer);
-    const int64_t units = static_cast<int64_t>(units_.size()) * config_.n_heads;
-    team.for_each(units, kAttentionGrain, [&](int64_t begin, int64_t end) {
-      Attention items[kAttentionGrain];
-      for (int64_t i = begin; i < end; ++i) items[i - begin] = attention(b, layer, i, thread);
-      kernels_->attention(shape_, items, end - begin);
-    });
+    write_cache(team, thread, b, layer);
+    attend(team, thread, b, layer);
     linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add});
     linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,
            {hidden_.floats(), hidden_stride_, config_.activation, hidden_bf16});
