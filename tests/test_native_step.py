@@ -87,7 +87,7 @@ def test_batch_invariance_bit_for_bit(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("block", "head_dim"), [(16, 64), (24, 80), (40, 33), (64, 128)])
+@pytest.mark.parametrize(("block", "head_dim"), [(16, 64), (24, 80), (40, 33), (64, 128), (150, 33)])
 def test_long_contexts_bit_for_bit(block: int, head_dim: int, dtype: str) -> None:
     """Many blocks, of one chunk of lanes and of several, whole, in chunks and token by token."""
     config = tiny_config(embed_dim=8 * head_dim, n_heads=8, n_layers=1, context_length=200, attn_scales=(0.01,))
