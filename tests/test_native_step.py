@@ -86,6 +86,16 @@ def test_batch_invariance_bit_for_bit(dtype: str) -> None:
         assert all(torch.equal(more[name], one["whole"]) for name in more), threads
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_are_those_of_each_sequence(dtype: str) -> None:
+    """240 rows, which several threads share out between them."""
+    config = tiny_config(embed_dim=120, n_heads=3, hidden_dim=333, vocab_size=131)
+    prompts = [(row, 0, ids_of(10 + row, 40, config)) for row in range(6)]
+    wanted = torch.cat([logits_of(make(config, dtype, threads=1), [part]) for part in prompts])
+    for threads in (2, 3, 4):
+        assert torch.equal(logits_of(make(config, dtype, threads=threads), prompts), wanted), threads
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("block", "head_dim"), [(16, 64), (24, 80), (40, 33), (64, 128), (150, 33)])
 def test_long_contexts_bit_for_bit(block: int, head_dim: int, dtype: str) -> None:
