@@ -9,20 +9,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from engine.backends.base import Backend
-from engine.backends.registry import choose
+from engine.assembly import choose_backend, make_backend, make_core
 from engine.checkpoints.canonical import Checkpoint
 from engine.checkpoints.load import load_checkpoint
 from engine.config import ModelConfig
-from engine.execution.batch_builder import BatchBuilder
-from engine.execution.runner import Runner
 from engine.live.self_check import check_logits, check_parts, plain_logits, probe_ids
 from engine.logs import get_logger
 from engine.messages import Event, RequestOutput, SamplingParams, SequencePlan, StepPlan
 from engine.options import engine_config, max_model_len
-from engine.planning.block_manager import BlockManager
-from engine.planning.core import EngineCore
-from engine.planning.scheduler import Scheduler
 from engine.planning.sequence import Sequence as PlannedSequence
 from engine.prompts import Prompt, PromptReader, list_of_prompts, no_tokenizer, one_each
 from engine.requests import Request, Sample
@@ -77,13 +71,15 @@ class LLM:
         )
         self._eos = checkpoint.eos_token_id if self.tokenizer is None else self.tokenizer.eos_token_id
         self._log = get_logger()
-        self.backend = self._make_backend(checkpoint, gpu_memory_utilization)
+        choice = choose_backend(checkpoint, self.engine_config)
+        self.dtype, self.device = choice.dtype, choice.device
+        self.backend = make_backend(choice, checkpoint, self.engine_config, gpu_memory_utilization)
         self.max_model_len = max_model_len(self.engine_config, self.model_config)
         slides = self.engine_config.context_overflow == "slide"
         self._reader = PromptReader(
             self.tokenizer, self.model_config.vocab_size, self._eos, None if slides else self.max_model_len
         )
-        self._core = self._make_core()
+        self._core, self._runner = make_core(self.backend, self.model_config, self.engine_config, self.max_model_len)
         self._random = random.Random(seed)  # seeded by the system when seed is None
         self._next_id = 0
         self._owners: dict[int, Request] = {}  # of the unfinished sequences, by their number
@@ -100,59 +96,6 @@ class LLM:
         got = torch.stack([self.logits(row) for row in ids.tolist()])
         difference = check_logits(got, wanted, self.dtype, description)
         self._log.info("self-check passed, largest logit difference %.1e", difference)
-
-    def _make_backend(self, checkpoint: Checkpoint, memory_fraction: float) -> Backend:
-        config = self.engine_config
-        choice = choose(config.backend, config.dtype, config.device, checkpoint.config)
-        for line in (checkpoint.source, *checkpoint.notes):
-            self._log.info(line)
-        self._log.info("backend %s, %s on %s (%s)", choice.backend.name, choice.dtype, choice.device, choice.reason)
-        self.dtype, self.device = choice.dtype, choice.device
-        return choice.backend(
-            checkpoint.config,
-            checkpoint.weights,
-            dtype=choice.dtype,
-            device=choice.device,
-            block_size=config.block_size,
-            threads=config.threads,
-            memory_fraction=memory_fraction if choice.device.startswith("cuda") else 0.9,
-            strict_jit=config.strict_jit,
-            screen_head=config.screen_head,
-        )
-
-    def _make_core(self) -> EngineCore:
-        config = self.engine_config
-        blocks_each = -(-self.max_model_len // config.block_size)
-        capacity = self.backend.capacity()
-        memory = config.kv_cache_memory_bytes or capacity.free_bytes
-        if memory > capacity.free_bytes:
-            raise ValueError(
-                f"kv_cache_memory_bytes={memory} is more than the {capacity.free_bytes} bytes that are free"
-            )
-        num_blocks = min(config.max_num_seqs * blocks_each, memory // capacity.bytes_per_block)
-        if num_blocks < 1:
-            raise ValueError(
-                f"a KV cache of {memory} bytes has no room for a block of {capacity.bytes_per_block} bytes"
-            )
-        self.backend.allocate(num_blocks)
-        self._log.info(
-            "KV cache of %d blocks of %d tokens (%.0f MB), room for %.1f sequences of %d tokens",
-            num_blocks,
-            config.block_size,
-            num_blocks * capacity.bytes_per_block / 1e6,
-            num_blocks / blocks_each,
-            self.max_model_len,
-        )
-        builder = BatchBuilder(
-            config.max_num_batched_tokens,
-            config.max_num_seqs,
-            blocks_each,
-            config.block_size,
-            self.model_config.vocab_size,
-        )
-        blocks = BlockManager(num_blocks, config.block_size)
-        self._runner = Runner(self.backend, builder)
-        return EngineCore(Scheduler(config, blocks), self._runner.execute)
 
     def generate(
         self,

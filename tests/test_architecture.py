@@ -6,7 +6,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOORS = ("llm", "optimize", "generate", "bench", "doctor", "cli", "options", "prompts", "requests", "turns", "__init__")
+DOORS = (
+    "llm",
+    "optimize",
+    "generate",
+    "bench",
+    "doctor",
+    "assembly",
+    "cli",
+    "options",
+    "prompts",
+    "requests",
+    "turns",
+    "__init__",
+)
 SHARED = {"config", "messages"}
 
 # Part of engine/ -> what it may import of engine/. A door may import everything but another floor's insides.
