@@ -12,7 +12,9 @@ namespace {
 
 // With so few rows every thread prepares all of them for itself: that is cheaper than a barrier.
 constexpr int64_t kPrivateRows = 4;
-constexpr int64_t kShareRows = 64;      // of a share, at least
+// Of a share, at least, for each thread: all weights are read once for a share, and with so many rows that takes a part of
+// the time that arithmetic takes, whatever the number of threads that share the memory.
+constexpr int64_t kShareRows = 32;
 constexpr int64_t kAttentionGrain = 6;  // units of attention that a thread takes at a time, at most
 
 void check_range(const char* what, int64_t value, int64_t low, int64_t high) {
@@ -167,7 +169,8 @@ void Model::embed(const Batch& b, int64_t row) {
 }
 
 Model::Shares Model::shares_of(int64_t rows) const {
-  return {rows, std::clamp<int64_t>(rows / kShareRows, 1, std::min<int64_t>(pool_.size(), Team::kMostShares))};
+  const int64_t threads = pool_.size();
+  return {rows, std::clamp<int64_t>(rows / (kShareRows * threads), 1, std::min(threads, Team::kMostShares))};
 }
 
 // Calls body(begin, end) for rows of a step. All threads call it and meet at its end.
