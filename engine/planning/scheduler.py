@@ -5,7 +5,7 @@ of the budget goes to prompts, in chunks where they do not fit. A sequence is ad
 the longest it can become, so that nothing that runs is ever stopped for lack of blocks.
 """
 
-from collections import deque
+from collections import OrderedDict
 
 from engine.config import EngineConfig
 from engine.messages import Event, SequencePlan, StepPlan, StepResult, UndrawableRow
@@ -24,7 +24,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
         self._config = config
         self._blocks = blocks
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # in order of arrival
         self._running: dict[int, Sequence] = {}  # in order of admission
 
     @property
@@ -35,7 +35,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises as ``check``."""
         self.check(sequence)
-        self._waiting.append(sequence)
+        self._waiting[sequence.seq_id] = sequence
 
     def check(self, sequence: Sequence) -> None:
         """Refuse a sequence that the KV cache could never hold.
@@ -55,7 +55,7 @@ class Scheduler:
         if seq_id in self._running:
             self._blocks.free(self._running.pop(seq_id).block_table)
         else:
-            self._waiting = deque(sequence for sequence in self._waiting if sequence.seq_id != seq_id)
+            self._waiting.pop(seq_id, None)
 
     def plan(self, most: int = 1) -> StepPlan:
         """The next step, or steps, at most ``most``; empty only when there is no work."""
@@ -94,10 +94,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._config.max_num_seqs:
-            needed = self._blocks.blocks_for(self._waiting[0].max_positions)
+            sequence = next(iter(self._waiting.values()))
+            needed = self._blocks.blocks_for(sequence.max_positions)
             if needed > self._blocks.num_free:
                 return
-            sequence = self._waiting.popleft()
+            del self._waiting[sequence.seq_id]
             sequence.block_table = self._blocks.allocate(needed)
             self._running[sequence.seq_id] = sequence
 
