@@ -105,7 +105,6 @@ class Model {
   void for_rows(Team& team, int thread, int64_t rows, int64_t most, Body&& body) const;
   void write_cache(Team& team, int thread, const Batch& batch, int64_t layer);
   void attend(Team& team, int thread, const Batch& batch, int64_t layer);
-  int64_t first_unit(int64_t row) const;
   std::pair<const Unit*, int64_t> unit_and_head(const Unit* units, int64_t count, int64_t index, bool shared) const;
   Attention attention(const Batch& batch, int64_t layer, const Unit& unit, int64_t head, int thread) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
@@ -150,7 +149,8 @@ class Model {
   } space_{};
   float* space(int thread) const { return thread_space_.floats() + thread * space_.size; }
   int64_t score_stride_ = 0;
-  std::vector<Unit> units_;
+  std::vector<Unit> units_;           // in the order of their rows
+  std::vector<int64_t> unit_starts_;  // of every share of the rows, and the end
   // Rows of the batch after which tokens are drawn: with all logits, each once, and by the screen, one for every draw.
   std::vector<int32_t> wanted_, screened_;
   std::vector<Screen::Draw> screened_draws_;

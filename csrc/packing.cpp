@@ -116,9 +116,7 @@ void Packed::quantise_s8(int64_t output, const float* row, uint8_t* lane) {
   for (int64_t k = 0; k < view_.steps * 4; k += 4) {
     for (int i = 0; i < 4; ++i) {
       const float quotient = check == 0.0f ? row[k + i] * inverse : 0.0f;
-      // 127.00001 can come of the rounding of 1 / (largest / 127).
-      const float within = quotient > 127.0f ? 127.0f : quotient < -127.0f ? -127.0f : quotient;
-      const int value = static_cast<int>(nearest_whole(within));
+      const int value = static_cast<int>(nearest_whole(quotient));  // of 127.00001 at most
       lane[k / 4 * panel_ * 4 + kernels_->s8_order[i]] = static_cast<uint8_t>(static_cast<int8_t>(value));
       sum += value;
     }

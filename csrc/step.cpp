@@ -134,6 +134,13 @@ void Model::reserve(const Batch& b) {
       units_.push_back({static_cast<int32_t>(q), first, std::min(shape_.queries, b.query_starts[q + 1] - first)});
     }
   }
+  const Shares shares = shares_of(rows);
+  unit_starts_.clear();
+  for (int64_t share = 0; share <= shares.count; ++share) {
+    const auto before = [](const Unit& unit, int64_t row) { return unit.first < row; };
+    const auto start = std::lower_bound(units_.begin(), units_.end(), shares.begin(share), before);
+    unit_starts_.push_back(start - units_.begin());
+  }
   // An odd number of lines, so that rows do not meet in a few sets of the caches.
   score_stride_ = (most_blocks * shape_.block_lanes / kLanes | 1) * kLanes;
   space_.matmul = 0;
@@ -199,12 +206,6 @@ void Model::write_cache(Team& team, int thread, const Batch& b, int64_t layer) {
   });
 }
 
-// The first unit from a row on: they are in the order of their rows.
-int64_t Model::first_unit(int64_t row) const {
-  const auto before = [](const Unit& unit, int64_t wanted) { return unit.first < wanted; };
-  return std::lower_bound(units_.begin(), units_.end(), row, before) - units_.begin();
-}
-
 // Of the index-th piece of attention of `count` units. Where several units share a sequence's K and V, head by head, so
 // that neighbours read the same: units 0, 1, 2... of head 0, then of head 1. Else as K and V lie in the blocks: heads 0, 1,
 // 2... of unit 0, then of unit 1.
@@ -219,14 +220,12 @@ std::pair<const Model::Unit*, int64_t> Model::unit_and_head(const Unit* units, i
 void Model::attend(Team& team, int thread, const Batch& b, int64_t layer) {
   const Shares shares = shares_of(b.num_tokens);
   const bool shared = static_cast<int64_t>(units_.size()) > b.num_sequences;
-  const auto first = [&](int64_t share) { return first_unit(shares.begin(share)); };
-  const auto pieces = [&](int64_t share) { return (first(share + 1) - first(share)) * config_.n_heads; };
+  const int64_t* starts = unit_starts_.data();
+  const auto pieces = [&](int64_t share) { return (starts[share + 1] - starts[share]) * config_.n_heads; };
   team.for_each_share(thread, shares.count, kAttentionGrain, pieces, [&](int64_t share, int64_t begin, int64_t end) {
     Attention items[kAttentionGrain];
-    const Unit* units = units_.data() + first(share);
-    const int64_t count = first(share + 1) - first(share);
     for (int64_t i = begin; i < end; ++i) {
-      const auto found = unit_and_head(units, count, i, shared);
+      const auto found = unit_and_head(units_.data() + starts[share], starts[share + 1] - starts[share], i, shared);
       items[i - begin] = attention(b, layer, *found.first, found.second, thread);
     }
     kernels_->attention(shape_, items, end - begin);

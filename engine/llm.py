@@ -253,8 +253,8 @@ class LLM:
             if self._core.has_work:
                 raise ValueError("update_weights needs an idle engine, and requests are queued")
             self.backend.update_weights(checkpoint.weights)
-        if isinstance(model, torch.nn.Module):
-            self._check_module(model, checkpoint.source)
+            if isinstance(model, torch.nn.Module):
+                self._check_module(model, checkpoint.source)
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, or None for a model that takes and gives ids only."""

@@ -28,11 +28,13 @@ def whole(value: object) -> int | None:
 
 
 def _token_ids(name: str, values: Iterable[object]) -> tuple[int, ...]:
-    ids = [whole(value) for value in values]
-    for value, i in zip(values, ids, strict=True):
+    ids = []
+    for value in values:
+        i = whole(value)
         if i is None or i < 0:
             raise ValueError(f"{name} must hold token ids, integers of at least 0, got {value!r}")
-    return tuple(i for i in ids if i is not None)
+        ids.append(i)
+    return tuple(ids)
 
 
 def _bias(token_id: int, value: object) -> float:
@@ -98,11 +100,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
+        ending = () if self.stop_token_ids is None else self.stop_token_ids
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", ending))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
         if self.logit_bias is not None:
-            ids = _token_ids("logit_bias", self.logit_bias)
+            named = (int(i) if isinstance(i, str) and i.isdecimal() else i for i in self.logit_bias)  # JSON has strings
+            ids = _token_ids("logit_bias", named)
             biases = [_bias(i, bias) for i, bias in zip(ids, self.logit_bias.values(), strict=True)]
             object.__setattr__(self, "logit_bias", dict(zip(ids, biases, strict=True)))
         self._check_numbers()

@@ -98,9 +98,9 @@ class Request:
 
     @property
     def error(self) -> str | None:
-        """Why a sample could not go on, or None."""
-        failed = (sample.stop_reason for sample in self.samples.values() if sample.finish_reason == "error")
-        return next((str(reason) for reason in failed), None)
+        """Why no sample could go on, or None."""
+        samples = list(self.samples.values())
+        return str(samples[0].stop_reason) if all(s.finish_reason == "error" for s in samples) else None
 
     @property
     def num_output_tokens(self) -> int:

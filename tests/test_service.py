@@ -82,6 +82,20 @@ def test_a_request_that_cannot_go_on_ends_alone(backend: str, most: int) -> None
     assert llm._core._scheduler._blocks.num_free == llm._core._scheduler._blocks.num_blocks
 
 
+def test_one_failed_sample_of_several_is_no_failed_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make("torch")
+    take = Sample.take
+
+    def take_or_fail(sample: Sample, event: Event) -> None:
+        take(sample, event)
+        if sample.index == 1:
+            raise KeyError("no such piece")
+
+    monkeypatch.setattr(Sample, "take", take_or_fail)
+    (output,) = llm.generate("x", SamplingParams(n=3, max_tokens=4, ignore_eos=True), use_tqdm=False)
+    assert [sample.finish_reason for sample in output.outputs] == ["length", "error", "length"]
+
+
 def test_what_fails_whole_raises(backend: str) -> None:
     llm = broken(backend)
     with pytest.raises(ValueError, match="no token can be drawn"):
@@ -157,6 +171,14 @@ def test_options_beyond_float32_are_its_ends(backend: str, options: dict[str, ob
     assert len(output.outputs[0].token_ids) == 8
     if "allowed_token_ids" in options:
         assert set(output.outputs[0].token_ids) <= {5, 6}
+
+
+def test_ids_come_in_any_iterable_once() -> None:
+    wanted = SamplingParams(stop_token_ids=[0], allowed_token_ids=[5, 6], logit_bias={5: 1.0})
+    ids = (i for i in (5, 6))
+    given = SamplingParams(stop_token_ids=np.array([0]), allowed_token_ids=ids, logit_bias={"5": 1.0})  # type: ignore[arg-type, dict-item]
+    assert given == wanted
+    assert SamplingParams(stop_token_ids=np.array([5, 6])).stop_token_ids == (5, 6)  # type: ignore[arg-type]
 
 
 def test_numbers_of_other_libraries_are_numbers() -> None:
