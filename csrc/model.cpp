@@ -48,6 +48,12 @@ std::vector<Expected> expected_tensors(const Config& c) {
 
 }  // namespace
 
+int64_t check_within(const char* what, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return value;
+  refuse(std::string(what) + " is " + std::to_string(value) + ": it must be in [" + std::to_string(least) + ", " +
+         std::to_string(most) + "]");
+}
+
 std::vector<std::string> tensor_names(const Config& config) {
   std::vector<std::string> names;
   for (const Expected& tensor : expected_tensors(config)) names.push_back(tensor.name);
@@ -133,10 +139,7 @@ void Model::update(const std::vector<Tensor>& tensors) {
 }
 
 void Model::allocate(int64_t num_blocks) {
-  const int64_t most = (int64_t{1} << 60) / block_bytes();
-  if (num_blocks < 0 || num_blocks > most) {
-    refuse("num_blocks is " + std::to_string(num_blocks) + ": it must be in [0, " + std::to_string(most) + "]");
-  }
+  check_within("num_blocks", num_blocks, 0, (int64_t{1} << 60) / block_bytes());
   Busy busy(busy_);
   cache_ = Buffer();  // the old one goes before the new one comes
   num_blocks_ = 0;

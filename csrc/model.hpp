@@ -54,6 +54,9 @@ struct Batch {
 // Canonical tensors by name are Tensors; the order is that of `tensor_names`.
 std::vector<std::string> tensor_names(const Config& config);
 
+// The value, which must be in [least, most].
+int64_t check_within(const char* what, int64_t value, int64_t least, int64_t most);
+
 class Model {
  public:
   explicit Model(Config config);

@@ -203,12 +203,9 @@ class PyModel {
   static Config convert(const py::dict& c, int storage, int64_t block_size, int threads, const std::string& isa,
                         bool screen_head) {
     const Storage stored = storage_of(storage);
-    const auto within = [](const char* what, int64_t value, int64_t most) {
-      if (value >= 1 && value <= most) return value;
-      throw std::invalid_argument(std::string(what) + " is " + std::to_string(value) + ": it must be in [1, " +
-                                  std::to_string(most) + "]");
+    const auto size = [&](const char* key, int64_t most) {
+      return check_within(key, c[key].cast<int64_t>(), 1, most);
     };
-    const auto size = [&](const char* key, int64_t most) { return within(key, c[key].cast<int64_t>(), most); };
     // So that no number of bytes overflows 64 bits, and no sum of integer products 32.
     constexpr int64_t kMost = 1 << 28, kMostWide = 1 << 20, kMostQuantised = 130000;
     const int64_t most_wide = quantised(stored) ? kMostQuantised : kMostWide;
@@ -223,8 +220,8 @@ class PyModel {
                   c["attn_scales"].cast<std::vector<float>>(),
                   c["tied_head"].cast<bool>(),
                   stored,
-                  within("block_size", block_size, 1 << 16),
-                  static_cast<int>(within("threads", threads, 1 << 16)),
+                  check_within("block_size", block_size, 1, 1 << 16),
+                  static_cast<int>(check_within("threads", threads, 1, 1 << 16)),
                   isa,
                   screen_head};
     if (screen_head && quantised(stored)) {
