@@ -32,14 +32,9 @@ def one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: in
     if len(params) != count:
         raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one each")
     for each in params:
-        check_params(each)
+        if not isinstance(each, SamplingParams):
+            raise ValueError(f"sampling_params must be SamplingParams, got {each!r}")
     return params
-
-
-def check_params(params: object) -> None:
-    """Raise ValueError for what are no options."""
-    if not isinstance(params, SamplingParams):
-        raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
 
 
 def no_tokenizer(vocab_size: int) -> str:

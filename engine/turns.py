@@ -1,5 +1,6 @@
 """A lock that threads get in the order in which they came."""
 
+import os
 import threading
 from collections import deque
 from types import TracebackType
@@ -9,16 +10,25 @@ class Turns:
     """A reentrant lock without overtaking: who takes it again and again lets those that wait go first.
 
     (Whoever releases a ``threading.RLock`` and takes it again at once is faster than a thread that has to wake up.)
+    A forked child, which has none of the other threads, waits for none.
     """
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()  # a locked gate for each
         self._owner: int | None = None
         self._depth = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._mutex = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()  # a locked gate for each
 
     def __enter__(self) -> None:
         me = threading.get_ident()
+        if self._process != os.getpid():
+            self._begin()
+            if self._owner != me:
+                self._owner, self._depth = None, 0
         if self._owner == me:
             self._depth += 1
             return

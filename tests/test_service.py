@@ -380,3 +380,30 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert run_in_process(code) == "0\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
+    code = """
+import os, signal, threading
+from engine import LLM, SamplingParams
+llm = LLM(backend="torch", dtype="float32", threads=1)
+greedy = SamplingParams(temperature=0.0, max_tokens=5)
+wanted = llm.generate("It was", greedy, use_tqdm=False)[0].outputs
+held, done = threading.Event(), threading.Event()
+def hold():
+    with llm._turns:
+        held.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(0 if llm.generate("It was", greedy, use_tqdm=False)[0].outputs == wanted else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+done.set()
+thread.join()
+"""
+    assert run_in_process(code) == "0\n"
