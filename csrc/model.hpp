@@ -5,7 +5,6 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "buffer.hpp"
@@ -15,6 +14,7 @@
 #include "pool.hpp"
 #include "sampling.hpp"
 #include "screen.hpp"
+#include "shares.hpp"
 
 namespace native {
 
@@ -78,6 +78,9 @@ class Model {
   int64_t run(const Batch& batch, float* logits, const Draws& draws, const std::function<void()>& between);
 
  private:
+  // With so few rows every thread prepares all of them for itself: that is cheaper than a barrier.
+  static constexpr int64_t kPrivateRows = 4;
+
   struct Norm {
     Buffer weight, bias;
   };
@@ -93,28 +96,21 @@ class Model {
   int64_t reserve_head(const Batch& batch);
   void copy_blocks(const Batch& batch);
   void embed(const Batch& batch, int64_t row);
-  // A step's rows in shares, each of which the same threads work on in all phases where they can: what they wrote is in
-  // their own caches, from which other cores fetch it slowly.
-  struct Shares {
-    int64_t rows, count;
-    int64_t begin(int64_t share) const { return share == count ? rows : rows * share / count / kLanes * kLanes; }
-    int64_t size(int64_t share) const { return begin(share + 1) - begin(share); }
-  };
   struct Unit {  // attention of one head for a few queries
     int32_t sequence, first, count;
   };
-  Shares shares_of(int64_t rows) const;
+  Shares shares_of(int64_t rows) const { return {rows, pool_.size()}; }
   template <class Body>
   void for_rows(Team& team, int thread, int64_t rows, int64_t most, Body&& body) const;
   void write_cache(Team& team, int thread, const Batch& batch, int64_t layer);
   void attend(Team& team, int thread, const Batch& batch, int64_t layer);
-  std::pair<const Unit*, int64_t> unit_and_head(const Unit* units, int64_t count, int64_t index, bool shared) const;
   Attention attention(const Batch& batch, int64_t layer, const Unit& unit, int64_t head, int thread) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                     int64_t rows);
-  void multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y);
+  void multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y,
+                int64_t sections = 1);
   void linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
-              int64_t rows, const Output& y);
+              int64_t rows, const Output& y, int64_t sections = 1);
   void prepare_row(Storage form, int64_t k, const float* x, const Norm* norm, uint8_t* out, float* scale, float* scratch);
   void gather(Team& team, const int32_t* batch_rows, int64_t count);
   void run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count);
@@ -152,8 +148,8 @@ class Model {
   } space_{};
   float* space(int thread) const { return thread_space_.floats() + thread * space_.size; }
   int64_t score_stride_ = 0;
-  std::vector<Unit> units_;           // in the order of their rows
-  std::vector<int64_t> unit_starts_;  // of every share of the rows, and the end
+  std::vector<Unit> units_;         // in the order of their rows
+  std::vector<Range> share_units_;  // which of them are a share's
   // Rows of the batch after which tokens are drawn: with all logits, each once, and by the screen, one for every draw.
   std::vector<int32_t> wanted_, screened_;
   std::vector<Screen::Draw> screened_draws_;

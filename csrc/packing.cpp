@@ -26,8 +26,6 @@ void read(const Tensor& tensor, int64_t row, float* out, Convert convert) {
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 void read_row(const Tensor& tensor, int64_t row, float* out) {

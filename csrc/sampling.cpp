@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "rounding.hpp"
+
 namespace native {
 namespace {
 
@@ -54,7 +56,7 @@ uint32_t key_reaching(uint32_t* keys, int32_t* weights, int64_t n, int64_t wante
 void Sampler::reserve(const Sampling& s, int64_t vocab_size, int64_t width, int threads) {
   vocab_size_ = vocab_size;
   width_ = width;
-  pieces_ = (vocab_size + kPiece - 1) / kPiece;
+  pieces_ = ceil_div(vocab_size, kPiece);
   partials_.resize(static_cast<size_t>(s.num_rows * pieces_));
   candidates_.resize(static_cast<size_t>(s.num_rows * pieces_));
   rows_.resize(static_cast<size_t>(s.num_rows));

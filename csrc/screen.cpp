@@ -21,7 +21,7 @@ Screen::Screen(const Matrix& head, const Kernels& kernels)
     : kernels_(&kernels),
       rounded_(head.storage == Storage::bf16),
       plain_(kernels.plain(head.storage)),
-      pieces_((head.num_panels + kPiecePanels - 1) / kPiecePanels),
+      pieces_(ceil_div(head.num_panels, kPiecePanels)),
       row_bytes_(round_up(kernels.row_bytes(Storage::s8, head.k), 64)),
       matrix_(Storage::s8, head.n, head.k, kernels),
       errors_(head.num_panels * kernels.panel * 4) {}

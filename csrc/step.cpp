@@ -1,4 +1,4 @@
-// A step: every thread runs run_layers and run_head, and they meet at the end of each phase.
+// Steps: what is asked of a batch, and the space for it.
 
 #include <algorithm>
 #include <cstring>
@@ -6,24 +6,16 @@
 
 #include "later_steps.hpp"
 #include "model.hpp"
+#include "rounding.hpp"
 
 namespace native {
 namespace {
-
-// With so few rows every thread prepares all of them for itself: that is cheaper than a barrier.
-constexpr int64_t kPrivateRows = 4;
-// Of a share, at least, for each thread: all weights are read once for a share, and with so many rows that takes a part of
-// the time that arithmetic takes, whatever the number of threads that share the memory.
-constexpr int64_t kShareRows = 32;
-constexpr int64_t kAttentionGrain = 6;  // units of attention that a thread takes at a time, at most
 
 void check_range(const char* what, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value < high) return;
   throw std::invalid_argument(std::string(what) + " " + std::to_string(value) + " is out of range: it must be in [" +
                               std::to_string(low) + ", " + std::to_string(high) + ")");
 }
-
-int64_t blocks_for(int64_t context, int64_t block_size) { return (context + block_size - 1) / block_size; }
 
 }  // namespace
 
@@ -82,7 +74,7 @@ void Model::check(const Batch& b) const {
     check_range("query start", end, begin, b.num_tokens + 1);
     check_range("context length", length, 0, b.table_width * config_.block_size + 1);
     for (int64_t t = begin; t < end; ++t) check_range("position", b.positions[t], 0, length);
-    for (int64_t i = 0; i < blocks_for(length + later, config_.block_size); ++i) {
+    for (int64_t i = 0; i < ceil_div(length + later, config_.block_size); ++i) {
       check_range("block", b.block_tables[s * b.table_width + i], 0, num_blocks_);
     }
   }
@@ -129,17 +121,20 @@ void Model::reserve(const Batch& b) {
   units_.clear();
   int64_t most_blocks = 0;
   for (int64_t q = 0; q < b.num_sequences; ++q) {
-    most_blocks = std::max(most_blocks, blocks_for(b.context_lens[q], config_.block_size));
+    most_blocks = std::max(most_blocks, ceil_div(b.context_lens[q], config_.block_size));
     for (int32_t first = b.query_starts[q]; first < b.query_starts[q + 1]; first += shape_.queries) {
       units_.push_back({static_cast<int32_t>(q), first, std::min(shape_.queries, b.query_starts[q + 1] - first)});
     }
   }
   const Shares shares = shares_of(rows);
-  unit_starts_.clear();
-  for (int64_t share = 0; share <= shares.count; ++share) {
-    const auto before = [](const Unit& unit, int64_t row) { return unit.first < row; };
-    const auto start = std::lower_bound(units_.begin(), units_.end(), shares.begin(share), before);
-    unit_starts_.push_back(start - units_.begin());
+  share_units_.clear();
+  for (int64_t share = 0; share < shares.count(); ++share) {
+    const auto first_from = [&](int64_t row) {
+      const auto before = [](const Unit& unit, int64_t bound) { return unit.first < bound; };
+      return std::lower_bound(units_.begin(), units_.end(), row, before) - units_.begin();
+    };
+    const Range here = shares.rows(share);
+    share_units_.push_back({first_from(here.begin), first_from(here.end)});
   }
   // An odd number of lines, so that rows do not meet in a few sets of the caches.
   score_stride_ = (most_blocks * shape_.block_lanes / kLanes | 1) * kLanes;
@@ -158,172 +153,6 @@ void Model::copy_blocks(const Batch& b) {
     for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
       std::memmove(cache_block(layer, b.block_copies[2 * i + 1]), cache_block(layer, b.block_copies[2 * i]),
                    static_cast<size_t>(bytes));
-    }
-  }
-}
-
-void Model::embed(const Batch& b, int64_t row) {
-  float* x = x_.floats() + row * width_;
-  const int32_t previous = b.previous_rows ? b.previous_rows[row] : -1;
-  const int64_t token = previous >= 0 ? last_drawn_[static_cast<size_t>(previous)] : b.token_ids[row];
-  std::memset(x, 0, static_cast<size_t>(width_) * 4);
-  if (tok_emb_.bytes()) {
-    tok_emb_.add_row(token, x);
-  } else {
-    head_.unpack(token, x);
-  }
-  pos_emb_.add_row(b.positions[row], x);
-}
-
-Model::Shares Model::shares_of(int64_t rows) const {
-  const int64_t threads = pool_.size();
-  return {rows, std::clamp<int64_t>(rows / (kShareRows * threads), 1, std::min(threads, Team::kMostShares))};
-}
-
-// Calls body(begin, end) for rows of a step. All threads call it and meet at its end.
-template <class Body>
-void Model::for_rows(Team& team, int thread, int64_t rows, int64_t most, Body&& body) const {
-  const Shares shares = shares_of(rows);
-  team.for_each_share(thread, shares.count, most, [&](int64_t share) { return shares.size(share); },
-                      [&](int64_t share, int64_t begin, int64_t end) {
-                        body(shares.begin(share) + begin, shares.begin(share) + end);
-                      });
-}
-
-// New tokens' K and V, as many tokens of a head at a time as a block holds. All threads call it and meet at its end.
-void Model::write_cache(Team& team, int thread, const Batch& b, int64_t layer) {
-  const int64_t heads = config_.n_heads, size = config_.block_size;
-  const Shares shares = shares_of(b.num_tokens);
-  const auto group = [&](int64_t share) { return blocks_for(shares.begin(share), size); };  // the share's first
-  const auto pieces = [&](int64_t share) { return (group(share + 1) - group(share)) * heads; };
-  team.for_each_share(thread, shares.count, heads, pieces, [&](int64_t share, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = (group(share) + i / heads) * size;
-      const float* k = qkv_.floats() + first * qkv_width_ + config_.embed_dim;
-      kernels_->write_cache(shape_, i % heads, k, k + config_.embed_dim, qkv_width_, b.slots + first,
-                            std::min(size, b.num_tokens - first), cache_block(layer, 0));
-    }
-  });
-}
-
-// Of the index-th piece of attention of `count` units. Where several units share a sequence's K and V, head by head, so
-// that neighbours read the same: units 0, 1, 2... of head 0, then of head 1. Else as K and V lie in the blocks: heads 0, 1,
-// 2... of unit 0, then of unit 1.
-std::pair<const Model::Unit*, int64_t> Model::unit_and_head(const Unit* units, int64_t count, int64_t index,
-                                                            bool shared) const {
-  const int64_t inner = shared ? count : config_.n_heads;
-  const int64_t slow = index / inner, fast = index % inner;
-  return {units + (shared ? fast : slow), shared ? slow : fast};
-}
-
-// A layer's attention. All threads call it and meet at its end.
-void Model::attend(Team& team, int thread, const Batch& b, int64_t layer) {
-  const Shares shares = shares_of(b.num_tokens);
-  const bool shared = static_cast<int64_t>(units_.size()) > b.num_sequences;
-  const int64_t* starts = unit_starts_.data();
-  const auto pieces = [&](int64_t share) { return (starts[share + 1] - starts[share]) * config_.n_heads; };
-  team.for_each_share(thread, shares.count, kAttentionGrain, pieces, [&](int64_t share, int64_t begin, int64_t end) {
-    Attention items[kAttentionGrain];
-    for (int64_t i = begin; i < end; ++i) {
-      const auto found = unit_and_head(units_.data() + starts[share], starts[share + 1] - starts[share], i, shared);
-      items[i - begin] = attention(b, layer, *found.first, found.second, thread);
-    }
-    kernels_->attention(shape_, items, end - begin);
-  });
-}
-
-Attention Model::attention(const Batch& b, int64_t layer, const Unit& unit, int64_t head, int thread) const {
-  const int64_t dim = config_.head_dim();
-  Attention a;
-  a.q = qkv_.floats() + unit.first * qkv_width_ + head * dim;
-  a.q_stride = qkv_width_;
-  a.count = unit.count;
-  a.positions = b.positions + unit.first;
-  a.table = b.block_tables + unit.sequence * b.table_width;
-  a.cache = cache_block(layer, 0);
-  a.k_offset = shape_.keys_of(head);
-  a.v_offset = shape_.values_of(head);
-  a.scale = config_.attn_scales[static_cast<size_t>(layer)];
-  a.out = attended_.floats() + unit.first * width_ + head * dim;
-  a.out_stride = width_;
-  a.score_stride = score_stride_;
-  a.scratch = space(thread) + space_.attention;
-  return a;
-}
-
-void Model::prepare_row(Storage form, int64_t k, const float* x, const Norm* norm, uint8_t* out, float* scale,
-                        float* scratch) {
-  const bool plain = kernels_->plain(form);
-  if (norm) {
-    float* normed = plain ? reinterpret_cast<float*>(out) : scratch;
-    kernels_->layer_norm(x, norm->weight.floats(), norm->bias.floats(), k, config_.norm_eps, normed);
-    x = normed;
-  }
-  if (!plain) kernels_->prepare(form, x, k, out, scale);
-}
-
-// norm(x), which may be null, of `rows` rows of x in the form in which the matrix multiplies them.
-Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
-                         int64_t rows) {
-  const Matrix& m = matrix.view();
-  if (!norm && kernels_->plain(m.storage)) return {reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
-  const bool shared = rows > kPrivateRows;
-  const Storage form = kernels_->row_form(m.storage, rows);
-  const int64_t bytes = prepared_bytes(form, m.k);
-  uint8_t* data = shared ? prepared_.data() : reinterpret_cast<uint8_t*>(space(thread) + space_.prepared);
-  float* scales = shared ? scales_.floats() : space(thread) + space_.scales;
-  const auto prepare = [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      prepare_row(form, m.k, x + r * stride, norm, data + r * bytes, scales + r, space(thread) + space_.row);
-    }
-  };
-  if (shared) {
-    for_rows(team, thread, rows, 4, prepare);
-  } else {
-    prepare(0, rows);
-  }
-  return {data, bytes, quantised(m.storage) ? scales : nullptr};
-}
-
-// y = epilogue(x W^T + b) for `rows` prepared rows. All threads call it and meet at its end.
-void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y) {
-  const Matrix& m = matrix.view();
-  const Shares shares = shares_of(rows);
-  // Few rows: long pieces, which stream best. Many rows: groups of panels, which use what they fetch of the rows.
-  const int64_t most = rows > 16 ? kernels_->panel_group : m.num_panels;
-  const auto panels = [&](int64_t) { return m.num_panels; };
-  team.for_each_share(thread, shares.count, most, panels, [&](int64_t share, int64_t begin, int64_t end) {
-    const int64_t row = shares.begin(share);
-    kernels_->matmul(m, x.from(row), shares.size(share), y.from(row), begin, end, space(thread) + space_.matmul);
-  });
-}
-
-// y = epilogue(norm(x) W^T + b) for `rows` rows of x; norm may be null. All threads call it and meet at its end.
-void Model::linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
-                   int64_t rows, const Output& y) {
-  multiply(team, thread, matrix, prepare_rows(team, thread, matrix, x, stride, norm, rows), rows, y);
-}
-
-void Model::run_layers(Team& team, int thread, const Batch& b) {
-  const int64_t rows = b.num_tokens;
-  uint16_t* hidden_bf16 = hidden_is_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
-  for_rows(team, thread, rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) embed(b, row);
-  });
-  for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
-    const Block& block = blocks_[static_cast<size_t>(layer)];
-    linear(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows, {qkv_.floats(), qkv_width_, Epilogue::store});
-    // All of it before any of it is read: a sequence may read a block that another one of this step fills.
-    write_cache(team, thread, b, layer);
-    attend(team, thread, b, layer);
-    linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add});
-    linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,
-           {hidden_.floats(), hidden_stride_, config_.activation, hidden_bf16});
-    const Output out{x_.floats(), width_, Epilogue::add};
-    if (hidden_bf16) {
-      multiply(team, thread, block.fc2, {hidden_.data(), hidden_stride_ * 2, nullptr}, rows, out);
-    } else {
-      linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows, out);
     }
   }
 }

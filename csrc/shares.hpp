@@ -1,0 +1,51 @@
+// Whose is what of a step: what a thread wrote lies in its own caches, from which other cores fetch it slowly, so in every
+// phase each thread begins with the same rows and columns.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.hpp"
+#include "pool.hpp"
+
+namespace native {
+
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return std::max<int64_t>(end - begin, 0); }
+  // The index-th of `count` nearly equal parts.
+  Range part(int64_t index, int64_t count) const {
+    const int64_t whole = end - begin;
+    return {begin + whole * index / count, begin + whole * (index + 1) / count};
+  }
+  Range operator&(const Range& other) const { return {std::max(begin, other.begin), std::min(end, other.end)}; }
+};
+
+// A step's rows by its columns (outputs of a matrix, heads) as a grid of shares. Few rows are not divided: then a share is
+// columns, of which a thread multiplies the weights, and attends to the heads. Many rows are: then a thread's products
+// read rows of its own, too, and all threads read all weights.
+class Shares {
+ public:
+  Shares(int64_t rows, int64_t threads)
+      : rows_(rows),
+        row_parts_(std::clamp<int64_t>(rows / (kRowsForEach * threads), 1, std::min(threads, Team::kMostShares))),
+        column_parts_(std::min(threads, Team::kMostShares) / row_parts_) {}
+
+  int64_t count() const { return row_parts_ * column_parts_; }
+  Range rows(int64_t share) const {
+    const auto bound = [&](int64_t part) { return part == row_parts_ ? rows_ : rows_ * part / row_parts_ / kLanes * kLanes; };
+    return {bound(share / column_parts_), bound(share / column_parts_ + 1)};
+  }
+  // Its part of columns, which several shares of the same rows divide among themselves.
+  Range columns(int64_t share, Range all) const { return all.part(share % column_parts_, column_parts_); }
+
+ private:
+  // Of a part of the rows, at least, for each thread: all weights are read once for a part, and with so many rows that
+  // takes a part of the time that arithmetic takes, whatever the number of threads that share the memory.
+  static constexpr int64_t kRowsForEach = 32;
+
+  int64_t rows_, row_parts_, column_parts_;
+};
+
+}  // namespace native
