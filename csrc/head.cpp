@@ -67,7 +67,8 @@ void Model::run_screened_rows(Team& team, int thread, const int32_t* batch_rows,
     screen_.prepare(x.data + i * x.stride, i, count, space(thread) + space_.row);
   });
   multiply(team, thread, screen_.matrix(), screen_.rows(), 2 * count, {out, vocab_width_, Epilogue::store});
-  screen_.settle(team, head_.view(), x, count, screened_draws_.data(), out, vocab_width_, space(thread) + space_.matmul);
+  screen_.settle(team, thread, head_.view(), x, count, screened_draws_.data(), out, vocab_width_,
+                 space(thread) + space_.matmul);
 }
 
 void Model::run_head(Team& team, int thread, const Batch& b, float* logits, const Draws& draws) {

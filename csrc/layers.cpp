@@ -9,7 +9,9 @@
 namespace native {
 namespace {
 
-constexpr int64_t kAttentionGrain = 6;  // units of attention that a thread takes at a time, at most
+// What a thread takes at a time, at most.
+constexpr int64_t kRowGrain = 16;
+constexpr int64_t kAttentionGrain = 6;  // queries of a head
 
 }  // namespace
 
@@ -46,16 +48,11 @@ void Model::write_cache(Team& team, int thread, const Batch& b, int64_t layer) {
     const Range rows = shares.rows(share);
     return Range{ceil_div(rows.begin, size), ceil_div(rows.end, size)};
   };
-  const auto heads = [&](int64_t share) { return shares.columns(share, {0, config_.n_heads}); };
-  const auto pieces = [&](int64_t share) { return groups(share).size() * heads(share).size(); };
-  team.for_each_share(thread, shares.count(), config_.n_heads, pieces, [&](int64_t share, int64_t begin, int64_t end) {
-    const Range own = heads(share);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = (groups(share).begin + i / own.size()) * size;
-      const float* k = qkv_.floats() + first * qkv_width_ + config_.embed_dim;
-      kernels_->write_cache(shape_, own.begin + i % own.size(), k, k + config_.embed_dim, qkv_width_, b.slots + first,
-                            std::min(size, b.num_tokens - first), cache_block(layer, 0));
-    }
+  for_each_cell(team, thread, shares, config_.n_heads, config_.n_heads, groups, [&](int64_t group, int64_t head) {
+    const int64_t first = group * size;
+    const float* k = qkv_.floats() + first * qkv_width_ + config_.embed_dim;
+    kernels_->write_cache(shape_, head, k, k + config_.embed_dim, qkv_width_, b.slots + first,
+                          std::min(size, b.num_tokens - first), cache_block(layer, 0));
   });
 }
 
@@ -127,7 +124,7 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
     }
   };
   if (shared) {
-    for_rows(team, thread, rows, 4, prepare);
+    for_rows(team, thread, rows, kRowGrain, prepare);
   } else {
     prepare(0, rows);
   }
@@ -172,7 +169,7 @@ void Model::linear(Team& team, int thread, const Packed& matrix, const float* x,
 void Model::run_layers(Team& team, int thread, const Batch& b) {
   const int64_t rows = b.num_tokens;
   uint16_t* hidden_bf16 = hidden_is_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
-  for_rows(team, thread, rows, 16, [&](int64_t begin, int64_t end) {
+  for_rows(team, thread, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) embed(b, row);
   });
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {

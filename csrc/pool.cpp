@@ -22,6 +22,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kSpins = 100;                            // between two looks at the clock: 1 to 4 us on x86
+constexpr auto kLongWait = std::chrono::microseconds(10);  // some times what helping costs a phase
+constexpr int kLongWaitCounts = 9;  // phases: helping pays from about one long wait in so many on
+constexpr int kMostUneven = 256;    // phases, in which threads help each other after they were uneven
 constexpr auto kAwake = std::chrono::milliseconds(2);  // longer than Python needs between two steps
 
 void pause() {
@@ -78,16 +81,18 @@ Busy::Busy(std::atomic<long>& flag) : flag_(flag) {
   }
 }
 
-void Gate::wait_while(uint32_t old) {
-  const auto end = Clock::now() + kAwake;
+std::chrono::nanoseconds Gate::wait_while(uint32_t old) {
+  const auto start = Clock::now();
+  auto now = start;
   do {
     for (int i = 0; i < kSpins; ++i) {
-      if (word_.load(std::memory_order_acquire) != old) return;
+      if (word_.load(std::memory_order_acquire) != old) return now - start;
       pause();
     }
     place.note();
     if (sleepers_.load(std::memory_order_relaxed) > 0 || place.shared()) std::this_thread::yield();
-  } while (Clock::now() < end);
+    now = Clock::now();
+  } while (now - start < kAwake);
   // The sleeper announces itself before it looks, the waker changes the word before it looks: one of them sees the
   // other, in the one order that sequential consistency gives.
   sleepers_.fetch_add(1);
@@ -98,6 +103,7 @@ void Gate::wait_while(uint32_t old) {
   }
   place.note();
   sleepers_.fetch_sub(1);
+  return Clock::now() - start;
 }
 
 void Gate::advance() {
@@ -113,10 +119,24 @@ void Team::barrier(int64_t shares) {
   const uint32_t phase = gate_.value();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
     arrived_.store(0, std::memory_order_relaxed);
-    for (int64_t share = 0; share < shares; ++share) next_[share].value.store(0, std::memory_order_relaxed);
+    for (int64_t share = 0; share < shares; ++share) {
+      auto& next = next_[share].value;
+      if (next.load(std::memory_order_relaxed)) next.store(0, std::memory_order_relaxed);
+    }
+    judge();
     gate_.advance();
-  } else {
-    gate_.wait_while(phase);
+  } else if (gate_.wait_while(phase) > kLongWait) {
+    waited_.store(true, std::memory_order_relaxed);
+  }
+}
+
+// By the last to arrive, before the others go on.
+void Team::judge() {
+  if (waited_.load(std::memory_order_relaxed)) {
+    waited_.store(false, std::memory_order_relaxed);
+    uneven_ = std::min(uneven_ + kLongWaitCounts, kMostUneven);
+  } else if (uneven_ > 0) {
+    --uneven_;
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -36,7 +37,7 @@ class Gate {
  public:
   explicit Gate(std::atomic<int>& sleepers) : sleepers_(sleepers) {}
   uint32_t value() const { return word_.load(std::memory_order_acquire); }
-  void wait_while(uint32_t old);
+  std::chrono::nanoseconds wait_while(uint32_t old);  // how long it took, or 0 for a few microseconds
   void advance();  // changes the word and wakes the sleepers
 
  private:
@@ -50,6 +51,7 @@ class Gate {
 class Team {
  public:
   static constexpr int64_t kMostShares = 16;
+  static constexpr int kUneven = 16;  // from which on threads help each other even so
 
   Team(int size, std::atomic<int>& sleepers) : size_(size), gate_(sleepers) {}
   int size() const { return size_; }
@@ -64,13 +66,20 @@ class Team {
   }
 
   // The same for each of `shares` shares, of size(share) each, by body(share, begin, end). A thread begins with a share of
-  // its own, always the same one, and helps with the others when nothing of it is left.
+  // its own, always the same one, and helps with the others when nothing of it is left. But to take a piece is to wait
+  // for all that was written before: so while threads seldom wait long for each other, what can be one piece is one, and
+  // its owner's alone.
   template <class Size, class Body>
   void for_each_share(int thread, int64_t shares, int64_t most, Size&& size, Body&& body) {
     const int64_t own = thread * shares / size_, halves = std::max<int64_t>(2 * size_ / shares, 2);
+    const bool alone = shares == size_ && uneven_ < kUneven;
     for (int64_t i = 0; i < shares; ++i) {
-      const int64_t share = (own + i) % shares;
-      take(next_[share].value, size(share), most, halves, [&](int64_t begin, int64_t end) { body(share, begin, end); });
+      const int64_t share = (own + i) % shares, count = size(share);
+      if (!alone || count > most) {
+        take(next_[share].value, count, most, halves, [&](int64_t begin, int64_t end) { body(share, begin, end); });
+      } else if (i == 0 && count > 0) {
+        body(share, int64_t{0}, count);
+      }
     }
     barrier(shares);
   }
@@ -91,7 +100,11 @@ class Team {
     }
   }
 
+  void judge();
+
   const int size_;
+  int uneven_ = 0;  // goes up when a thread waits long for another, and down in every phase
+  std::atomic<bool> waited_{false};  // long, in this phase
   Next next_[kMostShares];
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) Gate gate_;

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "rounding.hpp"
+#include "shares.hpp"
 
 namespace native {
 namespace {
@@ -74,27 +75,26 @@ void Sampler::reserve(const Sampling& s, int64_t vocab_size, int64_t width, int 
 
 void Sampler::run(Team& team, int thread, const Kernels& kernels, const Sampling& s, const float* logits,
                   const int32_t* at, const Draws& draws) {
-  const auto piece = [&](int64_t unit, auto body) {
-    const int64_t r = unit / pieces_, begin = unit % pieces_ * kPiece;
-    body(r, begin, begin + kPiece < vocab_size_ ? begin + kPiece : vocab_size_);
-  };
   const auto row_logits = [&](int64_t r) { return logits + at[r] * width_; };
-  team.for_each(s.num_rows * pieces_, 1, [&](int64_t unit, int64_t) {
-    piece(unit, [&](int64_t r, int64_t begin, int64_t end) {
-      partials_[static_cast<size_t>(unit)] = kernels.partial_sum(row_logits(r), begin, end);
-    });
+  const auto piece = [&](int64_t index) { return Range{index * kPiece, std::min((index + 1) * kPiece, vocab_size_)}; };
+  const Shares shares(s.num_rows, team.size());
+  const auto rows = [&](int64_t share) { return shares.rows(share); };
+  for_each_cell(team, thread, shares, pieces_, s.num_rows * pieces_, rows, [&](int64_t r, int64_t index) {
+    const Range here = piece(index);
+    partials_[static_cast<size_t>(r * pieces_ + index)] = kernels.partial_sum(row_logits(r), here.begin, here.end);
   });
   team.for_each(s.num_rows, 1, [&](int64_t r, int64_t) {
     summarise(r);
     apply_options(kernels, s, row_logits(r), r, thread);
   });
-  team.for_each(s.num_rows * pieces_, 1, [&](int64_t unit, int64_t) {
-    piece(unit, [&](int64_t r, int64_t begin, int64_t end) {
-      if (rows_[static_cast<size_t>(r)].greedy || !rows_[static_cast<size_t>(r)].valid) return;
-      const Stream stream{s.seeds[r], s.positions[r], s.sample_index[r]};
-      candidates_[static_cast<size_t>(unit)] =
-          kernels.gumbel_argmax(values_.floats() + r * width_, begin, end, stream);
-    });
+  const bool by_chance = std::any_of(s.temperature, s.temperature + s.num_rows, [](float t) { return t != 0; });
+  team.for_each(by_chance ? s.num_rows * pieces_ : 0, 1, [&](int64_t unit, int64_t) {
+    const int64_t r = unit / pieces_;
+    if (rows_[static_cast<size_t>(r)].greedy || !rows_[static_cast<size_t>(r)].valid) return;
+    const Range here = piece(unit % pieces_);
+    const Stream stream{s.seeds[r], s.positions[r], s.sample_index[r]};
+    candidates_[static_cast<size_t>(unit)] =
+        kernels.gumbel_argmax(values_.floats() + r * width_, here.begin, here.end, stream);
   });
   team.for_each(s.num_rows, 1, [&](int64_t r, int64_t) { pick(kernels, s, row_logits(r), r, draws); });
 }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "rounding.hpp"
+#include "shares.hpp"
 
 namespace native {
 namespace {
@@ -88,15 +89,15 @@ void Screen::prepare(const uint8_t* row, int64_t i, int64_t count, float* scratc
   put(count + i);
 }
 
-void Screen::settle(Team& team, const Matrix& head, const Rows& x, int64_t count, const Draw* draws, float* out,
-                    int64_t stride, float* scratch) {
-  team.for_each(count * pieces_, 1, [&](int64_t unit, int64_t) {
-    const int64_t i = unit / pieces_;
-    find_floor(unit, draws[i], out + i * stride, out + (count + i) * stride);
+void Screen::settle(Team& team, int thread, const Matrix& head, const Rows& x, int64_t count, const Draw* draws,
+                    float* out, int64_t stride, float* scratch) {
+  const Shares shares(count, team.size());
+  const auto rows = [&](int64_t share) { return shares.rows(share); };
+  for_each_cell(team, thread, shares, pieces_, count * pieces_, rows, [&](int64_t i, int64_t piece) {
+    find_floor(i * pieces_ + piece, draws[i], out + i * stride, out + (count + i) * stride);
   });
-  team.for_each(count * pieces_, 1, [&](int64_t unit, int64_t) {
-    const int64_t i = unit / pieces_;
-    compute(unit, head, x, draws[i], out + i * stride, out + (count + i) * stride, scratch);
+  for_each_cell(team, thread, shares, pieces_, 1, rows, [&](int64_t i, int64_t piece) {
+    compute(i * pieces_ + piece, head, x, draws[i], out + i * stride, out + (count + i) * stride, scratch);
   });
 }
 

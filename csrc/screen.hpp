@@ -53,7 +53,7 @@ class Screen {
   // On all threads: sums what the int8 rows i and count + i gave, at out + i * stride and out + (count + i) * stride, to
   // estimates at the first, and puts what the head makes of `x`, the rows as it multiplies them, in the place of those
   // that draws[i] could take. scratch: the thread's, for the head's kernel.
-  void settle(Team& team, const Matrix& head, const Rows& x, int64_t count, const Draw* draws, float* out,
+  void settle(Team& team, int thread, const Matrix& head, const Rows& x, int64_t count, const Draw* draws, float* out,
               int64_t stride, float* scratch);
 
  private:

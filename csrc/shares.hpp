@@ -48,4 +48,17 @@ class Shares {
   int64_t rows_, row_parts_, column_parts_;
 };
 
+// Calls body(row, column) for every row and each of `columns` columns; rows(share) are a share's rows, or what stands for
+// them. All threads call it and meet at its end. A thread takes `most` of them at a time at most.
+template <class Rows, class Body>
+void for_each_cell(Team& team, int thread, const Shares& shares, int64_t columns, int64_t most, Rows&& rows, Body&& body) {
+  const auto own = [&](int64_t share) { return shares.columns(share, {0, columns}); };
+  const auto cells = [&](int64_t share) { return rows(share).size() * own(share).size(); };
+  team.for_each_share(thread, shares.count(), most, cells, [&](int64_t share, int64_t begin, int64_t end) {
+    const Range across = own(share);
+    const int64_t first = rows(share).begin;
+    for (int64_t i = begin; i < end; ++i) body(first + i / across.size(), across.begin + i % across.size());
+  });
+}
+
 }  // namespace native
