@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import PRESETS, shared_checkpoint
-from benchmarks.engines import OWN, PEERS, PRECISIONS, ROOT, SCREENED, Engine, EngineError, find_pythons, start
+from benchmarks.engines import (
+    OWN,
+    PEERS,
+    PRECISIONS,
+    ROOT,
+    SCREENED,
+    Engine,
+    EngineError,
+    Generated,
+    find_pythons,
+    start,
+)
 from engine.backends.native_backend import chosen_isa, load_extension
 from engine.bench.measure import ITEM_BYTES
 from engine.config import ModelConfig
@@ -150,9 +161,8 @@ def measure_limits(threads: int, dtypes: list[str], megabytes: int) -> dict[str,
     return limits
 
 
-def step_seconds(engine: Engine, case: Case, prompts: list[list[int]]) -> float:
+def seconds_of(run: Generated, case: Case) -> float:
     """Seconds of one decode step, or of the prefill with its one token."""
-    run = engine.generate(prompts, case.tokens)
     return run.first if case.tokens == 1 else (run.seconds - run.first) / (case.tokens - 1)
 
 
@@ -173,7 +183,7 @@ def run_case(args: argparse.Namespace, runners: list[Runner], case: Case) -> lis
         prompts = random_prompts(config.vocab_size, case.seqs, case.prompt, 1000 * case.seqs + repeat)
         for runner in random.Random(repeat).sample(runners, len(runners)):
             time.sleep(PAUSE)
-            seconds = step_seconds(runner.engine, case, prompts)
+            seconds = seconds_of(runner.engine.generate(prompts, case.tokens), case)
             if repeat >= 0:
                 rates = limits["read"], limits[runner.precision]
                 floor = floor_seconds(config, runner.precision, case, *rates, runner.peer == SCREENED)

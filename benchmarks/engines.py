@@ -64,11 +64,12 @@ class Engine:
         adapter: which ``peers/ADAPTER_peer.py`` it runs.
         python: the interpreter that has the engine.
         log: where its stderr goes.
+        home: for one of ours, the folder whose engine it is; by default this one.
     """
 
-    def __init__(self, adapter: str, python: Path, log: Path) -> None:
+    def __init__(self, adapter: str, python: Path, log: Path, home: Path | None = None) -> None:
         self.adapter, self.log = adapter, log
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)} if adapter in OWN else dict(os.environ)
+        environment = {**os.environ, "PYTHONPATH": str(home or ROOT)} if adapter in OWN else dict(os.environ)
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
                 [str(python), str(ROOT / "benchmarks" / "peers" / "worker.py"), adapter],
@@ -138,9 +139,18 @@ def find_pythons(environments: Path) -> dict[str, Path]:
 
 
 def start(
-    adapter: str, python: Path, checkpoint: Path, precision: str, log: Path, threads: int, max_seqs: int
+    adapter: str,
+    python: Path,
+    checkpoint: Path,
+    precision: str,
+    log: Path,
+    threads: int,
+    max_seqs: int,
+    home: Path | None = None,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine that has loaded the checkpoint, converted first if it must be, and what it says of itself.
+
+    ``home`` is the folder of another state of this engine, where that is wanted.
 
     Returns:
         The engine, for the caller to close; its "versions", the "seconds" of the load and its "facts".
@@ -148,7 +158,7 @@ def start(
     Raises:
         EngineError: this machine cannot run the engine in this precision, or the conversion or the load failed.
     """
-    engine = Engine(adapter, python, log)
+    engine = Engine(adapter, python, log, home)
     try:
         about = engine.ask("about", precision=precision)
         if about["refusal"]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import beside, chart, checkpoint, compare, engines, footprint, make_peers
+from benchmarks import beside, chart, checkpoint, compare, engines, footprint, make_peers, versus
 from engine.bench.presets import random_weights
 from engine.checkpoints.load import load_checkpoint
 
@@ -128,6 +128,27 @@ def test_a_tiny_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(row["tokens_per_s"] > 0 and row["share_of_limit"] > 0 for row in result["rows"])
     assert [line for line in printed if line.startswith("skipped")] == ["skipped vllm: not installed"]
     assert result["versions"]["transformers"].keys() == {"transformers", "torch"}
+
+
+@needs_native
+@pytest.mark.slow
+def test_two_states_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = f"{engines.ROOT} --preset tiny --threads 1 --dtypes float32 int8 --seqs 2 --prefill 20 --tokens 3"
+    options += f" --prompt 5 --repeats 2 --megabytes 8 --folder {tmp_path} --json {tmp_path / 'result.json'}"
+    rows = versus.main(options.split())
+    assert json.loads((tmp_path / "result.json").read_text()) == rows
+    cases = [(row["case"], row["precision"]) for row in rows]
+    assert cases == [(case, dtype) for dtype in ("float32", "int8") for case in ("decode 2", "prefill 20")]
+    for row in rows:
+        assert row["same_tokens"] == 1
+        assert row["ratio_of_least"] == row["least_before"] / row["least_now"] > 0
+        assert row["median_now"] >= row["least_now"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        versus.main([str(tmp_path)])
+    assert f"{tmp_path} has no engine with a built extension" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        versus.main([str(engines.ROOT), "--prefill", "0"])
 
 
 @needs_native
