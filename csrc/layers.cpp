@@ -32,7 +32,7 @@ void Model::embed(const Batch& b, int64_t row) {
 template <class Body>
 void Model::for_rows(Team& team, int thread, int64_t rows, int64_t most, Body&& body) const {
   const Shares shares = shares_of(rows);
-  const auto own = [&](int64_t share) { return shares.columns(share, shares.rows(share)); };
+  const auto own = [&](int64_t share) { return shares.part_of(shares.rows(share), share); };
   team.for_each_share(thread, shares.count(), most, [&](int64_t share) { return own(share).size(); },
                       [&](int64_t share, int64_t begin, int64_t end) {
                         const int64_t first = own(share).begin;
@@ -63,7 +63,7 @@ void Model::attend(Team& team, int thread, const Batch& b, int64_t layer) {
   const Shares shares = shares_of(b.num_tokens);
   const bool by_head = static_cast<int64_t>(units_.size()) > b.num_sequences;
   const auto units = [&](int64_t share) { return share_units_[static_cast<size_t>(share)]; };
-  const auto heads = [&](int64_t share) { return shares.columns(share, {0, config_.n_heads}); };
+  const auto heads = [&](int64_t share) { return shares.part_of({0, config_.n_heads}, share); };
   const auto pieces = [&](int64_t share) { return units(share).size() * heads(share).size(); };
   team.for_each_share(thread, shares.count(), kAttentionGrain, pieces, [&](int64_t share, int64_t begin, int64_t end) {
     const Range unit = units(share), head = heads(share);
@@ -138,7 +138,7 @@ void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x
   const Matrix& m = matrix.view();
   const Shares shares = shares_of(rows);
   const auto own = [&](int64_t share, int64_t section) {
-    return shares.columns(share, Range{0, m.num_panels}.part(section, sections));
+    return shares.part_of(Range{0, m.num_panels}.part(section, sections), share);
   };
   const auto panels = [&](int64_t share) {
     int64_t count = 0;

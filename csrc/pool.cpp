@@ -22,9 +22,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kSpins = 100;                            // between two looks at the clock: 1 to 4 us on x86
-constexpr auto kLongWait = std::chrono::microseconds(10);  // some times what helping costs a phase
-constexpr int kLongWaitCounts = 9;  // phases: helping pays from about one long wait in so many on
-constexpr int kMostUneven = 256;    // phases, in which threads help each other after they were uneven
 constexpr auto kAwake = std::chrono::milliseconds(2);  // longer than Python needs between two steps
 
 void pause() {
@@ -123,20 +120,11 @@ void Team::barrier(int64_t shares) {
       auto& next = next_[share].value;
       if (next.load(std::memory_order_relaxed)) next.store(0, std::memory_order_relaxed);
     }
-    judge();
+    evenness_.judge(waited_long_.load(std::memory_order_relaxed));
+    waited_long_.store(false, std::memory_order_relaxed);
     gate_.advance();
-  } else if (gate_.wait_while(phase) > kLongWait) {
-    waited_.store(true, std::memory_order_relaxed);
-  }
-}
-
-// By the last to arrive, before the others go on.
-void Team::judge() {
-  if (waited_.load(std::memory_order_relaxed)) {
-    waited_.store(false, std::memory_order_relaxed);
-    uneven_ = std::min(uneven_ + kLongWaitCounts, kMostUneven);
-  } else if (uneven_ > 0) {
-    --uneven_;
+  } else if (gate_.wait_while(phase) > Evenness::kLongWait) {
+    waited_long_.store(true, std::memory_order_relaxed);
   }
 }
 

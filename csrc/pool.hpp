@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace native {
@@ -47,11 +48,27 @@ class Gate {
   std::condition_variable wake_;
 };
 
+// Whether the threads of a team are about equally fast: whether one seldom waits long for another.
+class Evenness {
+ public:
+  static constexpr std::chrono::microseconds kLongWait{10};  // several times what it costs a phase that threads help
+
+  bool even() const { return score_ < kUneven; }
+  // By the last thread to arrive at a barrier, before the others go on, so that all threads of a phase see the same.
+  void judge(bool waited_long) { score_ = waited_long ? std::min(score_ + kWeight, kMost) : std::max(score_ - 1, 0); }
+
+ private:
+  static constexpr int kWeight = 9;   // helping pays from about one long wait in so many phases on
+  static constexpr int kUneven = 16;  // more than one wait
+  static constexpr int kMost = 256;   // quiet phases at most, until uneven threads try again
+
+  int score_ = 0;
+};
+
 // What a job sees of the threads that run it.
 class Team {
  public:
-  static constexpr int64_t kMostShares = 16;
-  static constexpr int kUneven = 16;  // from which on threads help each other even so
+  static constexpr int64_t kMostShares = 64;  // with more threads nobody owns a share, and all help
 
   Team(int size, std::atomic<int>& sleepers) : size_(size), gate_(sleepers) {}
   int size() const { return size_; }
@@ -65,14 +82,14 @@ class Team {
     barrier();
   }
 
-  // The same for each of `shares` shares, of size(share) each, by body(share, begin, end). A thread begins with a share of
-  // its own, always the same one, and helps with the others when nothing of it is left. But to take a piece is to wait
-  // for all that was written before: so while threads seldom wait long for each other, what can be one piece is one, and
-  // its owner's alone.
+  // The same for each of `shares` shares, of size(share) each, the same on all threads, by body(share, begin, end). A thread
+  // begins with a share of its own, always the same one, and helps with the others when nothing of it is left. But a locked
+  // instruction, which taking a piece is, waits on x86 until all that the thread wrote is in the cache. So while the
+  // threads are even, and each has a share of its own, a share that can be one piece is one, and nobody else's.
   template <class Size, class Body>
   void for_each_share(int thread, int64_t shares, int64_t most, Size&& size, Body&& body) {
     const int64_t own = thread * shares / size_, halves = std::max<int64_t>(2 * size_ / shares, 2);
-    const bool alone = shares == size_ && uneven_ < kUneven;
+    const bool alone = shares == size_ && evenness_.even();
     for (int64_t i = 0; i < shares; ++i) {
       const int64_t share = (own + i) % shares, count = size(share);
       if (!alone || count > most) {
@@ -100,11 +117,9 @@ class Team {
     }
   }
 
-  void judge();
-
   const int size_;
-  int uneven_ = 0;  // goes up when a thread waits long for another, and down in every phase
-  std::atomic<bool> waited_{false};  // long, in this phase
+  Evenness evenness_;
+  std::atomic<bool> waited_long_{false};  // somebody, at the last barrier
   Next next_[kMostShares];
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) Gate gate_;

@@ -57,7 +57,7 @@ class Screen {
               int64_t stride, float* scratch);
 
  private:
-  static constexpr int64_t kPiecePanels = 64;  // that a thread takes at a time
+  static constexpr int64_t kPiecePanels = 64;  // whose floor is found together
 
   void find_floor(int64_t unit, const Draw& draw, float* values, float* rest);
   void compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values, const float* most,

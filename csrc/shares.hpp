@@ -1,4 +1,4 @@
-// Whose is what of a step: what a thread wrote lies in its own caches, from which other cores fetch it slowly, so in every
+// Who works on what in a step. What a thread wrote lies in its own caches, from which other cores fetch it slowly, so in every
 // phase each thread begins with the same rows and columns.
 #pragma once
 
@@ -22,9 +22,9 @@ struct Range {
   Range operator&(const Range& other) const { return {std::max(begin, other.begin), std::min(end, other.end)}; }
 };
 
-// A step's rows by its columns (outputs of a matrix, heads) as a grid of shares. Few rows are not divided: then a share is
-// columns, of which a thread multiplies the weights, and attends to the heads. Many rows are: then a thread's products
-// read rows of its own, too, and all threads read all weights.
+// A step's rows by its columns (outputs of a matrix, heads) as a grid of shares, one for each thread, or fewer, and then the
+// other threads help. Few rows are not divided: then a share is columns, of which a thread multiplies the weights, and
+// attends to the heads. Many rows are: then a thread's products read rows of its own, too, and all threads read all weights.
 class Shares {
  public:
   Shares(int64_t rows, int64_t threads)
@@ -37,12 +37,12 @@ class Shares {
     const auto bound = [&](int64_t part) { return part == row_parts_ ? rows_ : rows_ * part / row_parts_ / kLanes * kLanes; };
     return {bound(share / column_parts_), bound(share / column_parts_ + 1)};
   }
-  // Its part of columns, which several shares of the same rows divide among themselves.
-  Range columns(int64_t share, Range all) const { return all.part(share % column_parts_, column_parts_); }
+  // The share's part of `all`, columns or whatever the shares of the same rows divide among themselves.
+  Range part_of(Range all, int64_t share) const { return all.part(share % column_parts_, column_parts_); }
 
  private:
-  // Of a part of the rows, at least, for each thread: all weights are read once for a part, and with so many rows that
-  // takes a part of the time that arithmetic takes, whatever the number of threads that share the memory.
+  // The fewest rows of a part for each thread. Every part reads all weights, and with so many rows that takes less time
+  // than the arithmetic, however many threads share the memory.
   static constexpr int64_t kRowsForEach = 32;
 
   int64_t rows_, row_parts_, column_parts_;
@@ -52,7 +52,7 @@ class Shares {
 // them. All threads call it and meet at its end. A thread takes `most` of them at a time at most.
 template <class Rows, class Body>
 void for_each_cell(Team& team, int thread, const Shares& shares, int64_t columns, int64_t most, Rows&& rows, Body&& body) {
-  const auto own = [&](int64_t share) { return shares.columns(share, {0, columns}); };
+  const auto own = [&](int64_t share) { return shares.part_of({0, columns}, share); };
   const auto cells = [&](int64_t share) { return rows(share).size() * own(share).size(); };
   team.for_each_share(thread, shares.count(), most, cells, [&](int64_t share, int64_t begin, int64_t end) {
     const Range across = own(share);

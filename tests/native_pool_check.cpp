@@ -1,4 +1,5 @@
 // How a team of threads shares out work, without Python: every piece once, whoever runs it.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -9,6 +10,7 @@
 
 namespace {
 
+using native::Evenness;
 using native::Pool;
 using native::Range;
 using native::Shares;
@@ -28,82 +30,103 @@ bool shares_tile(int64_t rows, int64_t columns, int threads) {
   const Shares shares(rows, threads);
   std::vector<int> seen(static_cast<size_t>(rows * columns));
   for (int64_t share = 0; share < shares.count(); ++share) {
-    const Range down = shares.rows(share), across = shares.columns(share, {0, columns});
+    const Range down = shares.rows(share), across = shares.part_of({0, columns}, share);
     for (int64_t r = down.begin; r < down.end; ++r) {
       for (int64_t c = across.begin; c < across.end; ++c) ++seen[static_cast<size_t>(r * columns + c)];
     }
   }
-  for (const int count : seen) {
-    if (count != 1) return false;
-  }
-  return true;
+  return std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; });
 }
 
-// Phases of all sizes, in some of which a thread is slow, so that threads begin to help each other and leave off again.
-bool every_cell_once(int threads) {
-  Pool pool(threads);
-  std::atomic<int> wrong{0};
-  std::vector<std::atomic<int>> seen(600);
+// Whether a phase runs every cell once, in pieces of at most `most`.
+bool every_cell_once(Pool& pool, int64_t rows, int64_t columns, int64_t most, int slow_us = 0) {
+  std::vector<std::atomic<int>> seen(static_cast<size_t>(rows * columns));
+  std::atomic<bool> sized{true};
   pool.run([&](Team& team, int thread) {
-    for (int phase = 0; phase < 600; ++phase) {
-      const int64_t rows = phase % 200 + 1, columns = phase % 3 + 1, most = phase % 2 ? 7 : rows * columns;
-      const Shares shares(rows, team.size());
-      for_each_cell(team, thread, shares, columns, most, [&](int64_t share) { return shares.rows(share); },
-                    [&](int64_t r, int64_t c) {
-                      if (phase % 150 < 4 && thread == team.size() - 1) sleep_us(20);
-                      ++seen[static_cast<size_t>(r * columns + c)];
-                    });
-      team.for_each(rows * columns, 5, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) wrong += seen[static_cast<size_t>(i)].exchange(0) != 1;
-      });
-    }
+    const Shares shares(rows, team.size());
+    const auto down = [&](int64_t share) { return shares.rows(share); };
+    for_each_cell(team, thread, shares, columns, most, down, [&](int64_t r, int64_t c) {
+      if (slow_us && thread == 0) sleep_us(slow_us);
+      ++seen[static_cast<size_t>(r * columns + c)];
+    });
+    // The same cells, seen as pieces.
+    const auto cells = [&](int64_t share) { return down(share).size() * shares.part_of({0, columns}, share).size(); };
+    team.for_each_share(thread, shares.count(), most, cells, [&](int64_t share, int64_t begin, int64_t end) {
+      if (begin < 0 || begin >= end || end > cells(share) || end - begin > most) sized = false;
+    });
   });
-  return wrong == 0;
+  return sized && std::all_of(seen.begin(), seen.end(), [](const std::atomic<int>& count) { return count == 1; });
 }
 
-struct Found {
-  int whole = 0;   // phases in which every share was one piece, of its owner
-  int helped = 0;  // phases in which a thread took a piece of another's share
-};
-
-// Phases of four items for each thread, in which those of the first share take `us` microseconds each.
-Found phases(Pool& pool, int count, int us) {
-  Found found;
-  pool.run([&](Team& team, int thread) {
-    static std::atomic<int> pieces, foreign;
-    for (int phase = 0; phase < count; ++phase) {
-      team.for_each_share(thread, team.size(), 4, [](int64_t) { return int64_t{4}; },
-                          [&](int64_t share, int64_t begin, int64_t end) {
-                            ++pieces;
-                            foreign += share != thread;
-                            if (share == 0 && us) sleep_us(static_cast<int>(end - begin) * us);
-                          });
-      if (thread == 0) {
-        found.whole += pieces == team.size() && foreign == 0;
-        found.helped += foreign > 0;
-        pieces = foreign = 0;
+// The first phases of a pool, in which every thread has its share alone if it can.
+bool even_phases(int threads) {
+  bool good = true;
+  for (const int64_t rows : {1, 4, 64 * threads - 1, 64 * threads, 96 * threads}) {
+    for (const int64_t columns : {0, 1, 7, 48}) {
+      for (const int64_t most : {int64_t{1}, int64_t{6}, rows * 48}) {
+        Pool pool(threads);
+        good = good && every_cell_once(pool, rows, columns, most);
       }
-      team.barrier();
+    }
+  }
+  return good;
+}
+
+// Phases with a slow thread, so that they begin to help each other, and without.
+bool uneven_phases(int threads) {
+  Pool pool(threads);
+  bool good = true;
+  for (int phase = 0; phase < 300; ++phase) {
+    good = good && every_cell_once(pool, phase % 40 + 1, phase % 3 + 1, phase % 2 ? 7 : 200, phase % 100 < 10 ? 20 : 0);
+  }
+  return good;
+}
+
+bool evenness() {
+  Evenness seldom, often;
+  for (int phase = 0; phase < 1000; ++phase) {
+    seldom.judge(phase % 20 == 0);
+    if (!seldom.even()) return false;  // one wait in twenty phases
+  }
+  for (int phase = 0; phase < 1000; ++phase) often.judge(phase % 5 == 0);
+  if (often.even()) return false;  // one in five
+  int quiet = 0;
+  while (!often.even()) often.judge(false), ++quiet;
+  return quiet > 100 && quiet < 300;
+}
+
+// Phases, of forty, in which a thread is helped whose four items take 300 us each.
+int helped_phases() {
+  Pool pool(2);
+  std::atomic<int> helped{0};
+  pool.run([&](Team& team, int thread) {
+    for (int phase = 0; phase < 40; ++phase) {
+      std::atomic<bool> foreign{false};
+      const auto four = [](int64_t) { return int64_t{4}; };
+      team.for_each_share(thread, 2, 4, four, [&](int64_t share, int64_t begin, int64_t end) {
+        if (share != thread) foreign = true;
+        if (share == 0) sleep_us(static_cast<int>(end - begin) * 300);
+      });
+      helped += foreign;
     }
   });
-  return found;
+  return helped;
 }
 
 }  // namespace
 
 int main() {
   bool tile = true;
-  for (const int threads : {1, 2, 3, 5, 8, 24}) {
+  for (const int threads : {1, 2, 3, 5, 8, 24, 100}) {
     for (const int64_t rows : {1, 5, 32, 127, 128, 500, 1024}) {
       for (const int64_t columns : {1, 7, 12, 48}) tile = tile && shares_tile(rows, columns, threads);
     }
   }
   expect(tile, "shares tile rows by columns");
-  for (const int threads : {1, 2, 3, 4, 20}) expect(every_cell_once(threads), "every cell is run once");
-  Pool pool(2);
-  expect(phases(pool, 2000, 0).whole > 0, "even threads have their shares whole");
-  expect(phases(pool, 40, 300).helped > 20, "a slow thread is helped");
-  expect(phases(pool, 4000, 0).whole > 0, "and later left alone again");
+  for (const int threads : {1, 2, 3, 5, 8, 20, 70}) expect(even_phases(threads), "every cell is run once by even threads");
+  for (const int threads : {1, 2, 3, 4}) expect(uneven_phases(threads), "and by uneven ones");
+  expect(evenness(), "threads are uneven when they often wait long, and for a while");
+  expect(helped_phases() > 10, "a slow thread is helped");
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -88,11 +88,11 @@ def test_batch_invariance_bit_for_bit(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows_are_those_of_each_sequence(dtype: str) -> None:
-    """240 rows, which several threads share out between them."""
+    """300 rows, which several threads share out between them: by rows, by both, and by columns."""
     config = tiny_config(embed_dim=120, n_heads=3, hidden_dim=333, vocab_size=131)
-    prompts = [(row, 0, ids_of(10 + row, 40, config)) for row in range(6)]
+    prompts = [(row, 0, ids_of(10 + row, 50, config)) for row in range(6)]
     wanted = torch.cat([logits_of(make(config, dtype, threads=1), [part]) for part in prompts])
-    for threads in (2, 3, 4):
+    for threads in (2, 3, 4, 6, 20):
         assert torch.equal(logits_of(make(config, dtype, threads=threads), prompts), wanted), threads
 
 
