@@ -175,7 +175,7 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     const Block& block = blocks_[static_cast<size_t>(layer)];
     linear(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows,
-           {qkv_.floats(), qkv_width_, Epilogue::store}, 3);
+           {qkv_.floats(), qkv_width_, Epilogue::store}, /*sections=*/3);
     // All of it before any of it is read: a sequence may read a block that another one of this step fills.
     write_cache(team, thread, b, layer);
     attend(team, thread, b, layer);

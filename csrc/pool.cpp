@@ -120,8 +120,9 @@ void Team::barrier(int64_t shares) {
       auto& next = next_[share].value;
       if (next.load(std::memory_order_relaxed)) next.store(0, std::memory_order_relaxed);
     }
-    evenness_.judge(waited_long_.load(std::memory_order_relaxed));
-    waited_long_.store(false, std::memory_order_relaxed);
+    const bool waited_long = waited_long_.load(std::memory_order_relaxed);
+    if (waited_long) waited_long_.store(false, std::memory_order_relaxed);
+    evenness_.judge(waited_long);
     gate_.advance();
   } else if (gate_.wait_while(phase) > Evenness::kLongWait) {
     waited_long_.store(true, std::memory_order_relaxed);

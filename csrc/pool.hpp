@@ -54,8 +54,15 @@ class Evenness {
   static constexpr std::chrono::microseconds kLongWait{10};  // several times what it costs a phase that threads help
 
   bool even() const { return score_ < kUneven; }
-  // By the last thread to arrive at a barrier, before the others go on, so that all threads of a phase see the same.
-  void judge(bool waited_long) { score_ = waited_long ? std::min(score_ + kWeight, kMost) : std::max(score_ - 1, 0); }
+  // By the last thread to arrive at a barrier, before the others go on, so that all threads of a phase see the same. All of
+  // them read it in every phase, so it is written only where it changes.
+  void judge(bool waited_long) {
+    if (waited_long) {
+      score_ = std::min(score_ + kWeight, kMost);
+    } else if (score_ > 0) {
+      --score_;
+    }
+  }
 
  private:
   static constexpr int kWeight = 9;   // helping pays from about one long wait in so many phases on
