@@ -162,7 +162,15 @@ def measure_limits(threads: int, dtypes: list[str], megabytes: int) -> dict[str,
 
 
 def seconds_of(run: Generated, case: Case) -> float:
-    """Seconds of one decode step, or of the prefill with its one token."""
+    """Seconds of one decode step, or of the prefill with its one token.
+
+    Raises:
+        SystemExit: a prompt got another number of tokens than was asked for, so its steps are not those of the others.
+    """
+    if found := {len(ids) for ids in run.token_ids} - {case.tokens}:
+        raise SystemExit(
+            f"{case.name}: {case.tokens} tokens were to follow a prompt of {case.prompt}, and {min(found)} did"
+        )
     return run.first if case.tokens == 1 else (run.seconds - run.first) / (case.tokens - 1)
 
 

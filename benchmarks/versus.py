@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         made.error("--repeats, --prompt, --seqs and --prefill must be at least 1, --tokens at least 2")
     if not list((args.before / "engine" / "backends").glob("_native*")):
         made.error(f"{args.before} has no engine with a built extension: run python setup.py build_ext --inplace there")
+    if not args.seqs and not args.prefill:
+        made.error("there is nothing to run: neither --seqs nor --prefill has a number")
     cases = [Case(f"decode {n}", n, args.prompt, args.tokens) for n in args.seqs]
     cases += [Case(f"prefill {n}", 1, n, 1) for n in args.prefill]
     checkpoint = shared_checkpoint(args.folder / "models", args.preset)

@@ -30,10 +30,10 @@ void Model::embed(const Batch& b, int64_t row) {
 
 // Calls body(begin, end) for rows of a step. All threads call it and meet at its end.
 template <class Body>
-void Model::for_rows(Team& team, int thread, int64_t rows, int64_t most, Body&& body) const {
+void Model::for_rows(Team& team, int thread, int64_t rows, Body&& body) const {
   const Shares shares = shares_of(rows);
   const auto own = [&](int64_t share) { return shares.part_of(shares.rows(share), share); };
-  team.for_each_share(thread, shares.count(), most, [&](int64_t share) { return own(share).size(); },
+  team.for_each_share(thread, shares.count(), kRowGrain, [&](int64_t share) { return own(share).size(); },
                       [&](int64_t share, int64_t begin, int64_t end) {
                         const int64_t first = own(share).begin;
                         body(first + begin, first + end);
@@ -124,7 +124,7 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
     }
   };
   if (shared) {
-    for_rows(team, thread, rows, kRowGrain, prepare);
+    for_rows(team, thread, rows, prepare);
   } else {
     prepare(0, rows);
   }
@@ -169,7 +169,7 @@ void Model::linear(Team& team, int thread, const Packed& matrix, const float* x,
 void Model::run_layers(Team& team, int thread, const Batch& b) {
   const int64_t rows = b.num_tokens;
   uint16_t* hidden_bf16 = hidden_is_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
-  for_rows(team, thread, rows, kRowGrain, [&](int64_t begin, int64_t end) {
+  for_rows(team, thread, rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) embed(b, row);
   });
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {

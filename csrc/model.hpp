@@ -101,7 +101,7 @@ class Model {
   };
   Shares shares_of(int64_t rows) const { return {rows, pool_.size()}; }
   template <class Body>
-  void for_rows(Team& team, int thread, int64_t rows, int64_t most, Body&& body) const;
+  void for_rows(Team& team, int thread, int64_t rows, Body&& body) const;
   void write_cache(Team& team, int thread, const Batch& batch, int64_t layer);
   void attend(Team& team, int thread, const Batch& batch, int64_t layer);
   Attention attention(const Batch& batch, int64_t layer, const Unit& unit, int64_t head, int thread) const;

@@ -1,5 +1,5 @@
-// Who works on what in a step. What a thread wrote lies in its own caches, from which other cores fetch it slowly, so in every
-// phase each thread begins with the same rows and columns.
+// Who works on what in a step. What a thread wrote lies in its own caches, from which other cores fetch it slowly, so in
+// every phase each thread begins with the same rows and columns.
 #pragma once
 
 #include <algorithm>

@@ -149,6 +149,12 @@ def test_two_states_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"{tmp_path} has no engine with a built extension" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         versus.main([str(engines.ROOT), "--prefill", "0"])
+    with pytest.raises(SystemExit):
+        versus.main([str(engines.ROOT), "--prefill", "--seqs"])
+    assert "there is nothing to run" in capsys.readouterr().err
+    long = f"{engines.ROOT} --preset tiny --threads 1 --dtypes float32 --seqs 1 --prefill --prompt 120 --tokens 20"
+    with pytest.raises(SystemExit, match="decode 1: 20 tokens were to follow a prompt of 120, and 9 did"):
+        versus.main([*long.split(), "--folder", str(tmp_path)])
 
 
 @needs_native
