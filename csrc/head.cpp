@@ -38,7 +38,7 @@ int64_t Model::reserve_head(const Batch& b) {
   const int64_t head_rows = std::max({std::min(b.num_logits, kLogitsRows), full, by_screen});
   gathered_.reserve(head_rows * width_ * 4);
   head_out_.reserve(std::max(head_rows, full + 2 * by_screen) * vocab_width_ * 4);
-  if (by_screen) screen_.reserve(by_screen);
+  if (by_screen) screen_.reserve(screened_draws_);
   if (s.num_rows) sampler_.reserve(s, config_.vocab_size, vocab_width_, pool_.size());
   return head_rows;
 }
@@ -63,12 +63,9 @@ void Model::run_head_rows(Team& team, int thread, const int32_t* batch_rows, int
 void Model::run_screened_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count, float* out) {
   gather(team, batch_rows, count);
   const Rows x = prepare_rows(team, thread, head_, gathered_.floats(), width_, &final_norm_, count);
-  team.for_each(count, 1, [&](int64_t i, int64_t) {
-    screen_.prepare(x.data + i * x.stride, i, count, space(thread) + space_.row);
-  });
-  multiply(team, thread, screen_.matrix(), screen_.rows(), 2 * count, {out, vocab_width_, Epilogue::store});
-  screen_.settle(team, thread, head_.view(), x, count, screened_draws_.data(), out, vocab_width_,
-                 space(thread) + space_.matmul);
+  const int64_t rows = screen_.prepare(team, x, count, space(thread) + space_.row);
+  multiply(team, thread, screen_.matrix(), screen_.rows(), rows, {out, vocab_width_, Epilogue::store});
+  screen_.settle(team, thread, head_.view(), x, screened_draws_, out, vocab_width_, space(thread) + space_.matmul);
 }
 
 void Model::run_head(Team& team, int thread, const Batch& b, float* logits, const Draws& draws) {

@@ -123,15 +123,17 @@ struct Stream {  // of random numbers: the key and the counter's constant words 
   uint32_t sample_index;
 };
 
-struct Estimates {  // each is off by norm times its error at most
+struct Estimates {  // value i is off by norm * errors[i] + rest * sizes[i] at most
   const float* values;
   const float* errors;
-  float norm;
+  const float* sizes;
+  float norm, rest;
 };
 
 struct Kernels {
   const char* name;
-  int64_t panel;           // outputs of a panel
+  int64_t lanes;           // outputs of a vector
+  int64_t panel;           // outputs of a panel, of whole vectors
   int64_t panel_group;     // panels that are multiplied with many rows at a time
   int64_t matmul_scratch;  // floats
   int64_t step_multiple;   // the steps of bf16 and s8 are padded to it
@@ -154,6 +156,9 @@ struct Kernels {
   // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats.
   void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,
                  float* scratch);
+  // The same for vectors of outputs, in ascending order, of one row, and with some of their neighbours', to y: what is
+  // stored and no more. For float32 and bf16.
+  void (*matmul_vectors)(const Matrix& w, const Rows& x, const int32_t* vectors, int64_t count, float* y, float* scratch);
   // weight and bias have round_up(d, 16) floats; out gets as many, zeros past d.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t d, float eps, float* out);
   CacheShape (*cache_shape)(int64_t heads, int64_t head_dim, int64_t block_size, bool bf16);
@@ -165,16 +170,17 @@ struct Kernels {
   void (*attention)(const CacheShape& shape, const Attention* items, int64_t count);
 
   Partial (*partial_sum)(const float* logits, int64_t begin, int64_t end);
-  // Of a screen (screen.hpp), in [begin, end), begin a multiple of 32 and of the panels' width: x += rest; the largest
-  // that a value is at least, where it is noisy after division by the temperature and with Gumbel noise; and a mark for
-  // the panels, from begin's on, with a value that may reach `floor`. With noise, the first leaves in most[begin, end)
-  // what the second reads.
+  // Of a screen (screen.hpp), in [begin, end), begin a multiple of 32 and of the panels' width: x += rest; the one that is
+  // sure to be as large as any other is sure to be, its id -1 if nothing is, plain, and after division by the temperature
+  // and with Gumbel noise, which leaves in most[begin, end) what each may be at most; and marks for the vectors, from
+  // begin's on, of which one may reach `floor`.
   void (*sum_estimates)(float* x, const float* rest, int64_t begin, int64_t end);
-  float (*plain_floor)(const Estimates& x, int64_t begin, int64_t end);
-  float (*noisy_floor)(const Estimates& x, float temperature, const Stream& stream, int64_t begin, int64_t end,
-                       float* most);
-  void (*plain_reaching)(const Estimates& x, float floor, int64_t begin, int64_t end, bool* panels);
-  void (*noisy_reaching)(const float* most, float floor, int64_t begin, int64_t end, bool* panels);
+  Candidate (*surest)(const Estimates& x, int64_t begin, int64_t end);
+  Candidate (*noisy_surest)(const Estimates& x, float temperature, const Stream& stream, int64_t begin, int64_t end,
+                            float* most);
+  void (*plain_reaching)(const Estimates& x, float floor, int64_t begin, int64_t end, bool* vectors);
+  void (*noisy_reaching)(const float* most, float floor, int64_t begin, int64_t end, bool* vectors);
+  float (*gumbel)(int64_t id, const Stream& stream);  // the noise of an id, as gumbel_argmax adds it
   int64_t (*first_equal)(const float* x, int64_t begin, int64_t end, float value);
   int64_t (*count_above)(const float* x, int64_t n, float value);
   void (*divide)(float* x, int64_t n, float divisor);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "rounding.hpp"
 #include "shares.hpp"
@@ -11,10 +12,23 @@ namespace native {
 namespace {
 
 constexpr double kUp = 1.0 + 1e-6;    // what a conversion to float may take, and more
-constexpr double kFlushed = 1e-30;    // |x| or E that stands for what hardware takes for zero
+constexpr double kFlushed = 1e-30;    // a length that stands for what hardware takes for zero
 constexpr float kLeastStep = 1e-37f;  // whose inverse is a number; rows of smaller ones are within what is flushed
 constexpr double kUnit = 1.0 / (1 << 24);
-constexpr float kNoiseRounding = 1e-5f;  // of four sums with noise, which is 23 at most
+constexpr float kRough = 1.0f / 64;  // |x - z| / |x|; of normally distributed values it is about 1 / 130
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+// Multiples of a step that int8 holds as they are, however its kernel rounds.
+struct Multiples {
+  float step, inverse;
+  explicit Multiples(float largest) : step(largest / 127.0f), inverse(step > kLeastStep ? 1.0f / step : 0.0f) {}
+  float nearest(float value) const { return nearest_whole(value * inverse) * step; }
+};
+
+const Candidate& largest(const std::vector<Candidate>& found, int64_t i, int64_t pieces) {
+  const auto first = found.begin() + i * pieces;
+  return *std::max_element(first, first + pieces, [](const Candidate& a, const Candidate& b) { return a.value < b.value; });
+}
 
 }  // namespace
 
@@ -23,9 +37,11 @@ Screen::Screen(const Matrix& head, const Kernels& kernels)
       rounded_(head.storage == Storage::bf16),
       plain_(kernels.plain(head.storage)),
       pieces_(ceil_div(head.num_panels, kPiecePanels)),
+      row_outputs_(head.num_panels * kernels.panel),
       row_bytes_(round_up(kernels.row_bytes(Storage::s8, head.k), 64)),
       matrix_(Storage::s8, head.n, head.k, kernels),
-      errors_(head.num_panels * kernels.panel * 4) {}
+      errors_(row_outputs_ * 4),
+      sizes_(row_outputs_ * 4) {}
 
 int64_t Screen::piece_end(int64_t unit) const {
   return std::min(piece_begin(unit) + kPiecePanels * kernels_->panel, matrix_.view().n);
@@ -34,7 +50,7 @@ int64_t Screen::piece_end(int64_t unit) const {
 void Screen::fill(const Tensor& weight, Pool& pool) {
   matrix_.fill(weight, nullptr, pool);
   const int64_t k = matrix_.view().k;
-  const double rho = std::sqrt(static_cast<double>(k)) / 64516 + 2 * static_cast<double>(k + 64) * kUnit;
+  const double rounding = 2 * static_cast<double>(k + 64) * kUnit;
   std::vector<float> space(static_cast<size_t>(2 * k * pool.size()));
   pool.run([&](Team& team, int thread) {
     float* row = space.data() + 2 * k * thread;
@@ -43,94 +59,154 @@ void Screen::fill(const Tensor& weight, Pool& pool) {
       for (int64_t output = begin; output < end; ++output) {
         read_row(weight, output, row);
         matrix_.unpack(output, quantised);
-        double squares = 0, apart = 0;
+        double squares = 0, apart = 0, held = 0;
         for (int64_t i = 0; i < k; ++i) {
           const double value = rounded_ ? bf16_to_float(float_to_bf16(row[i])) : row[i], off = value - quantised[i];
           squares += value * value;
           apart += off * off;
+          held += static_cast<double>(quantised[i]) * quantised[i];
         }
-        const double off = std::sqrt(apart) * kUp, whole = std::sqrt(squares) * kUp + off;
-        errors_.floats()[output] = static_cast<float>((off + rho * whole + kFlushed) * kUp);
+        const double off = std::sqrt(apart), whole = std::sqrt(squares) + off;
+        errors_.floats()[output] = static_cast<float>((off + rounding * whole + kFlushed) * kUp);
+        sizes_.floats()[output] = static_cast<float>((std::sqrt(held) + kFlushed) * kUp);
       }
     });
   });
 }
 
-void Screen::reserve(int64_t count) {
+void Screen::reserve(const std::vector<Draw>& draws) {
+  const auto count = static_cast<int64_t>(draws.size());
   rows_.reserve(2 * count * row_bytes_);
   scales_.reserve(2 * count * 4);
-  norms_.resize(static_cast<size_t>(count));
-  plain_floors_.resize(static_cast<size_t>(count * pieces_));
-  noisy_floors_.resize(static_cast<size_t>(count * pieces_));
+  per_row_.resize(draws.size());
+  plain_bests_.resize(static_cast<size_t>(count * pieces_));
+  noisy_bests_.resize(static_cast<size_t>(count * pieces_));
+  const bool by_chance = std::any_of(draws.begin(), draws.end(), [](const Draw& d) { return d.temperature > 0; });
+  if (by_chance) most_.reserve(count * row_outputs_ * 4);
 }
 
-void Screen::prepare(const uint8_t* row, int64_t i, int64_t count, float* scratch) {
-  const int64_t k = matrix_.view().k;
-  const auto at = [&](int64_t j) {
-    if (plain_) return reinterpret_cast<const float*>(row)[j];
-    return bf16_to_float(reinterpret_cast<const uint16_t*>(row)[j]);
+int64_t Screen::prepare(Team& team, const Rows& x, int64_t count, float* scratch) {
+  const auto prepare_each = [&](auto wanted, auto rest) {
+    team.for_each(count, 1, [&](int64_t i, int64_t) {
+      if (wanted(i)) prepare_row(x.from(i).data, row(i), i, rest(i), scratch);
+    });
   };
-  double squares = 0;
-  float largest = 0.0f;
-  for (int64_t j = 0; j < k; ++j) {
-    squares += static_cast<double>(at(j)) * at(j);
-    largest = std::max(largest, std::fabs(at(j)));
+  prepare_each([](int64_t) { return true; }, [](int64_t) { return -1; });
+  const int64_t end = rest_place(count, count);
+  if (end > count) {
+    prepare_each([&](int64_t i) { return row(i).rough; }, [&](int64_t i) { return rest_place(i, count); });
   }
-  norms_[static_cast<size_t>(i)] = static_cast<float>((std::sqrt(squares) + kFlushed) * kUp);
-  const auto put = [&](int64_t place) {
-    kernels_->prepare(Storage::s8, scratch, k, rows_.data() + place * row_bytes_, scales_.floats() + place);
-  };
-  std::memset(scratch + k, 0, static_cast<size_t>(round_up(k, kLanes) - k) * 4);
-  // Multiples of the row's step, which int8 holds as they are, however its kernel rounds; then what they leave.
-  const float step = largest / 127.0f, inverse = step > kLeastStep ? 1.0f / step : 0.0f;
-  for (int64_t j = 0; j < k; ++j) scratch[j] = nearest_whole(at(j) * inverse) * step;
-  put(i);
-  for (int64_t j = 0; j < k; ++j) scratch[j] = at(j) - scratch[j];
-  put(count + i);
+  return end;
 }
 
-void Screen::settle(Team& team, int thread, const Matrix& head, const Rows& x, int64_t count, const Draw* draws,
+// Where row i's second int8 row is, if it has one: they follow the `count` first ones.
+int64_t Screen::rest_place(int64_t i, int64_t count) const {
+  return count + std::count_if(per_row_.begin(), per_row_.begin() + i, [](const Row& row) { return row.rough; });
+}
+
+// An int8 row, and unless rest_place is negative another one of what it leaves over.
+void Screen::prepare_row(const uint8_t* data, Row& row, int64_t place, int64_t rest_place, float* scratch) {
+  const int64_t k = matrix_.view().k;
+  std::memset(scratch + k, 0, static_cast<size_t>(round_up(k, kLanes) - k) * 4);
+  // Returns the multiples that the int8 row holds, and in `rest` the length of what is left over.
+  const auto put = [&](auto at, int64_t to, double& rest) {
+    float largest = 0.0f;
+    for (int64_t j = 0; j < k; ++j) largest = std::max(largest, std::fabs(at(j)));
+    const Multiples held(largest);
+    double squares = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      scratch[j] = held.nearest(at(j));
+      const double left = static_cast<double>(at(j)) - scratch[j];
+      squares += left * left;
+    }
+    rest = std::sqrt(squares);
+    kernels_->prepare(Storage::s8, scratch, k, rows_.data() + to * row_bytes_, scales_.floats() + to);
+    return held;
+  };
+  const auto x = [&](int64_t j) {
+    if (plain_) return reinterpret_cast<const float*>(data)[j];
+    return bf16_to_float(reinterpret_cast<const uint16_t*>(data)[j]);
+  };
+  double squares = 0, rest = 0;
+  for (int64_t j = 0; j < k; ++j) squares += static_cast<double>(x(j)) * x(j);
+  const double norm = std::sqrt(squares);
+  const Multiples first = put(x, place, rest);
+  if (rest_place < 0) {
+    row.rough = rest > kRough * norm;
+  } else {
+    put([&](int64_t j) { return x(j) - first.nearest(x(j)); }, rest_place, rest);
+  }
+  row.norm = static_cast<float>((norm + kFlushed) * kUp);
+  row.rest = static_cast<float>((rest + kFlushed) * kUp);
+}
+
+void Screen::settle(Team& team, int thread, const Matrix& head, const Rows& x, const std::vector<Draw>& draws,
                     float* out, int64_t stride, float* scratch) {
+  const auto count = static_cast<int64_t>(draws.size());
   const Shares shares(count, team.size());
   const auto rows = [&](int64_t share) { return shares.rows(share); };
+  const auto draw = [&](int64_t i) { return draws[static_cast<size_t>(i)]; };
   for_each_cell(team, thread, shares, pieces_, count * pieces_, rows, [&](int64_t i, int64_t piece) {
-    find_floor(i * pieces_ + piece, draws[i], out + i * stride, out + (count + i) * stride);
+    const float* rest = row(i).rough ? out + rest_place(i, count) * stride : nullptr;
+    look(i * pieces_ + piece, draw(i), out + i * stride, rest);
+  });
+  team.for_each(count, 1, [&](int64_t i, int64_t) {
+    find_floors(i, head, x.from(i), draw(i), out + i * stride, scratch);
   });
   for_each_cell(team, thread, shares, pieces_, 1, rows, [&](int64_t i, int64_t piece) {
-    compute(i * pieces_ + piece, head, x, draws[i], out + i * stride, out + (count + i) * stride, scratch);
+    compute(i * pieces_ + piece, head, x.from(i), draw(i), out + i * stride, scratch);
   });
 }
 
-// Leaves in `rest`, whose values are summed up then, the most that each may be with noise.
-void Screen::find_floor(int64_t unit, const Draw& draw, float* values, float* rest) {
-  const int64_t begin = piece_begin(unit), end = piece_end(unit);
-  kernels_->sum_estimates(values, rest, begin, end);
-  const Estimates x = estimates(unit / pieces_, values);
-  plain_floors_[static_cast<size_t>(unit)] = kernels_->plain_floor(x, begin, end);
+// Makes a piece's estimates whole, and finds which output is sure to be the largest of them.
+void Screen::look(int64_t unit, const Draw& draw, float* values, const float* rest) {
+  const int64_t i = unit / pieces_, begin = piece_begin(unit), end = piece_end(unit);
+  if (rest) kernels_->sum_estimates(values, rest, begin, end);
+  const Estimates x = estimates(i, values);
+  plain_bests_[static_cast<size_t>(unit)] = kernels_->surest(x, begin, end);
   if (draw.temperature > 0) {
-    noisy_floors_[static_cast<size_t>(unit)] = kernels_->noisy_floor(x, draw.temperature, draw.stream, begin, end, rest);
+    noisy_bests_[static_cast<size_t>(unit)] =
+        kernels_->noisy_surest(x, draw.temperature, draw.stream, begin, end, most(i));
   }
 }
 
+// Computes the one that is sure to be the largest of all. Without noise, too: the sum of all exponentials, of which the
+// logprob is made, is of little else.
+void Screen::find_floors(int64_t i, const Matrix& head, const Rows& x, const Draw& draw, float* values,
+                         float* scratch) {
+  Row& found = row(i);
+  found.plain_floor = found.noisy_floor = kNothing;
+  found.num_vectors = 0;
+  const int64_t plain = largest(plain_bests_, i, pieces_).id;
+  const int64_t noisy = draw.temperature > 0 ? largest(noisy_bests_, i, pieces_).id : -1;
+  for (const int64_t id : {std::min(plain, noisy), std::max(plain, noisy)}) {
+    const auto vector = static_cast<int32_t>(id / kernels_->lanes);
+    const bool again = found.num_vectors && found.vectors[0] == vector;
+    if (id >= 0 && !again) found.vectors[found.num_vectors++] = vector;
+  }
+  kernels_->matmul_vectors(head, x, found.vectors, found.num_vectors, values, scratch);
+  if (plain >= 0) found.plain_floor = values[plain];
+  if (noisy >= 0) found.noisy_floor = values[noisy] / draw.temperature + kernels_->gumbel(noisy, draw.stream);
+}
+
+// Computes those of a piece that may be as large.
 void Screen::compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values,
-                     const float* most, float* scratch) {
-  const int64_t row = unit / pieces_, begin = piece_begin(unit), end = piece_end(unit);
-  bool wanted[kPiecePanels] = {};
-  const auto floor = [&](const std::vector<float>& floors) {
-    const float* first = floors.data() + row * pieces_;
-    return *std::max_element(first, first + pieces_);
-  };
-  // Those that may be the largest without noise, too: the sum of all exponentials is of little else.
-  kernels_->plain_reaching(estimates(row, values), floor(plain_floors_), begin, end, wanted);
-  if (draw.temperature > 0) {
-    kernels_->noisy_reaching(most, floor(noisy_floors_) - kNoiseRounding, begin, end, wanted);
+                     float* scratch) {
+  const int64_t i = unit / pieces_, begin = piece_begin(unit), end = piece_end(unit), first = begin / kernels_->lanes;
+  const Row& found = row(i);
+  bool wanted[kMostVectors] = {};
+  kernels_->plain_reaching(estimates(i, values), found.plain_floor, begin, end, wanted);
+  if (draw.temperature > 0) kernels_->noisy_reaching(most(i), found.noisy_floor, begin, end, wanted);
+  for (int64_t v = 0; v < found.num_vectors; ++v) {
+    const int64_t place = found.vectors[v] - first;
+    if (place >= 0 && place < kMostVectors) wanted[place] = false;
   }
-  const Rows one{x.data + row * x.stride, x.stride, nullptr};
-  const int64_t first = begin / kernels_->panel;
-  for (int64_t panel = 0; panel < kPiecePanels; ++panel) {
-    if (!wanted[panel]) continue;
-    kernels_->matmul(head, one, 1, {values, 0, Epilogue::store}, first + panel, first + panel + 1, scratch);
+  int32_t vectors[kMostVectors];
+  int64_t count = 0;
+  for (int64_t v = 0; v < kMostVectors; ++v) {
+    if (wanted[v]) vectors[count++] = static_cast<int32_t>(first + v);
   }
+  kernels_->matmul_vectors(head, x, vectors, count, values, scratch);
 }
 
 }  // namespace native

@@ -36,6 +36,12 @@ def hard_weights(kind: str, config: ModelConfig = CONFIG) -> dict[str, torch.Ten
         head.copy_(torch.randint(-126, 127, head.shape, generator=generator) / 512)
         head[:, 0] = 127 / 512
         weights["final_norm.weight"][5] = 60.0
+    elif kind == "rounded":  # the same row always, whose int8 form leaves the largest output below the next
+        weights["final_norm.weight"].zero_()
+        weights["final_norm.bias"].copy_(torch.tensor([127.0, 5.0] + [30.45] * 35 + [30.0] * 35))
+        head *= 0.01
+        head[[0, half]] = 0
+        head[0, 2:37] = head[half, 37:] = head[half, 1] = 127 / 512
     elif kind == "zero":
         head.zero_()
     elif kind == "faint":  # rows near the least numbers that there are
@@ -48,7 +54,7 @@ def hard_weights(kind: str, config: ModelConfig = CONFIG) -> dict[str, torch.Ten
     return weights
 
 
-KINDS = ("random", "close", "equal", "outlier", "uneven", "whole", "zero", "faint", "tiny", "huge")
+KINDS = ("random", "close", "equal", "outlier", "uneven", "whole", "rounded", "zero", "faint", "tiny", "huge")
 
 
 def make(weights: dict[str, torch.Tensor], dtype: str, threads: int = 2) -> NativeBackend:
