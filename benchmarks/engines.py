@@ -100,9 +100,10 @@ class Engine:
             raise EngineError(answer["error"])
         return answer
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """Greedy tokens after each prompt, and when they came."""
-        return Generated(**self.ask("generate", prompts=prompts, tokens=tokens))
+    def generate(self, prompts: list[list[int]], tokens: int, **sampling: Any) -> Generated:
+        """Tokens after each prompt, and when they came: greedy ones, unless one of ours is given ``SamplingParams``."""
+        fields = {"sampling": sampling} if sampling else {}
+        return Generated(**self.ask("generate", prompts=prompts, tokens=tokens, **fields))
 
     def close(self) -> None:
         """End the process."""

@@ -7,9 +7,10 @@ FOLDER holds another state, with its extension built: for the one before a chang
     python -m benchmarks.versus ../before --dtypes int8 --seqs 1 32 --prefill 512
 
 Each state is a process of its own on the native backend with the same checkpoint; in every turn both run the same new
-prompts, now the one first and now the other, after one turn that does not count. Printed are the least and the median
+prompts, now the one first and now the other, after one turn that does not count. Tokens are greedy, or drawn as an
+option like ``--sampling '{"temperature": 0.8, "top_k": 50, "seed": 1}'`` asks. Printed are the least and the median
 milliseconds of a decode step, or of a prefill, before and now, their ratios (above 1: faster now), how many of all
-prompts got the same greedy tokens from both, and how fast memory was read meanwhile.
+prompts got the same tokens from both, and how fast memory was read meanwhile.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 
 from benchmarks.checkpoint import PRESETS, shared_checkpoint
 from benchmarks.compare import PAUSE, Case, measure_limits, option_parser, random_prompts, seconds_of
-from benchmarks.engines import OURS, Engine, start
+from benchmarks.engines import OURS, SCREENED, Engine, start
 
 
 def run_case(args: argparse.Namespace, states: list[Engine], case: Case, dtype: str) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def run_case(args: argparse.Namespace, states: list[Engine], case: Case, dtype: 
         answers: list[list[list[int]]] = [[], []]
         for index in (0, 1) if repeat % 2 else (1, 0):
             time.sleep(PAUSE)
-            run = states[index].generate(prompts, case.tokens)
+            run = states[index].generate(prompts, case.tokens, **args.sampling)
             answers[index] = run.token_ids
             if repeat >= 0:
                 times[index].append(seconds_of(run, case) * 1e3)
@@ -65,7 +66,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     made.add_argument("--prefill", nargs="*", type=int, default=[512], help="lengths of a prompt alone")
     made.add_argument("--prompt", type=int, default=64, help="tokens before a decode")
     made.add_argument("--tokens", type=int, default=12, help="tokens of a decode")
+    made.add_argument("--screened", action="store_true", help="both states with screen_head=True")
+    made.add_argument("--sampling", type=json.loads, default={}, help="SamplingParams of every prompt, in JSON")
     args = made.parse_args(arguments)
+    adapter = SCREENED if args.screened else OURS
     if args.repeats < 1 or args.tokens < 2 or min([args.prompt, *args.seqs, *args.prefill]) < 1:
         made.error("--repeats, --prompt, --seqs and --prefill must be at least 1, --tokens at least 2")
     if not list((args.before / "engine" / "backends").glob("_native*")):
@@ -82,7 +86,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             for name, home in (("before", args.before.resolve()), ("now", None)):
                 log = args.folder / f"{name}-{dtype}.log"
                 python = Path(sys.executable)
-                engine, _ = start(OURS, python, checkpoint, dtype, log, args.threads, max([1, *args.seqs]), home)
+                engine, _ = start(adapter, python, checkpoint, dtype, log, args.threads, max([1, *args.seqs]), home)
                 stack.callback(engine.close)
                 states.append(engine)
             for case in cases:

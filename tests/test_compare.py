@@ -139,7 +139,10 @@ def test_two_states_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads((tmp_path / "result.json").read_text()) == rows
     cases = [(row["case"], row["precision"]) for row in rows]
     assert cases == [(case, dtype) for dtype in ("float32", "int8") for case in ("decode 2", "prefill 20")]
-    for row in rows:
+    drawn = versus.main(
+        [*options.split(), "--screened", "--dtypes", "float32", "--sampling", '{"temperature": 2, "seed": 1}']
+    )
+    for row in rows + drawn:
         assert row["same_tokens"] == 1
         assert row["ratio_of_least"] == row["least_before"] / row["least_now"] > 0
         assert row["median_now"] >= row["least_now"]

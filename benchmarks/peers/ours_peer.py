@@ -3,6 +3,7 @@
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from engine.backends.native_backend import chosen_isa
 from engine.llm import LLM, STEPS_AT_A_TIME
@@ -35,8 +36,10 @@ class Engine:
             "kv_bytes": blocks * capacity.bytes_per_block,
         }
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], float, float]:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    def generate(
+        self, prompts: list[list[int]], tokens: int, temperature: float = 0.0, **sampling: Any
+    ) -> tuple[list[list[int]], float, float]:
+        params = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, **sampling)
         start = time.perf_counter()
         requests = [self.llm.submit(prompt, params) for prompt in prompts]
         while any(request.num_output_tokens == 0 for request in requests):

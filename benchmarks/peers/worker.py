@@ -10,6 +10,7 @@ adapter, the module ``ADAPTER_peer.py`` beside it. An adapter has::
     load(checkpoint, folder, precision, threads, max_seqs) -> engine
     engine.facts                                    {name: value} that a reader of the result should know
     engine.generate(prompts, tokens) -> (greedy token ids of each prompt, seconds to the first, seconds in all)
+        and by keyword what a request's "sampling" asks for, of this project's own engine
 
 A precision is "float32", "bfloat16", "int8" or "int4". "Seconds to the first" end when every prompt has its first
 token. No prompt is answered from a cache. Requests and their answers::
@@ -47,7 +48,8 @@ class Worker:
             converts = hasattr(self.adapter, "convert")
             return {"versions": self.adapter.versions(), "refusal": refusal, "converts": converts}
         if do == "generate":
-            token_ids, first, seconds = self.engine.generate(request["prompts"], request["tokens"])
+            sampling = request.get("sampling", {})
+            token_ids, first, seconds = self.engine.generate(request["prompts"], request["tokens"], **sampling)
             return {"token_ids": token_ids, "first": first, "seconds": seconds}
         start = time.perf_counter()
         paths = Path(request["checkpoint"]), Path(request["folder"])
