@@ -170,26 +170,32 @@ struct Kernels {
   void (*attention)(const CacheShape& shape, const Attention* items, int64_t count);
 
   Partial (*partial_sum)(const float* logits, int64_t begin, int64_t end);
-  // Of a screen (screen.hpp), in [begin, end), begin a multiple of 32 and of the panels' width: x += rest; the one that is
+  // Of a screen (screen.hpp), in [begin, end), begin a multiple of 128 and of the panels' width: x += rest; the one that is
   // sure to be as large as any other is sure to be, its id -1 if nothing is, plain, and after division by the temperature
-  // and with Gumbel noise, which leaves in most[begin, end) what each may be at most; and marks for the vectors, from
+  // and with Gumbel noise, which leaves in most[begin, end) what each may be at most, if that reaches `floor`; and marks for the vectors, from
   // begin's on, of which one may reach `floor`.
   void (*sum_estimates)(float* x, const float* rest, int64_t begin, int64_t end);
   Candidate (*surest)(const Estimates& x, int64_t begin, int64_t end);
   Candidate (*noisy_surest)(const Estimates& x, float temperature, const Stream& stream, int64_t begin, int64_t end,
-                            float* most);
+                            float floor, float* most);
   void (*plain_reaching)(const Estimates& x, float floor, int64_t begin, int64_t end, bool* vectors);
   void (*noisy_reaching)(const float* most, float floor, int64_t begin, int64_t end, bool* vectors);
   float (*gumbel)(int64_t id, const Stream& stream);  // the noise of an id, as gumbel_argmax adds it
-  int64_t (*first_equal)(const float* x, int64_t begin, int64_t end, float value);
+  int64_t (*first_equal)(const float* x, int64_t begin, int64_t end, float value);  // its id, or end
+  int64_t (*first_above)(const float* x, int64_t begin, int64_t end, float value);
   int64_t (*count_above)(const float* x, int64_t n, float value);
-  void (*divide)(float* x, int64_t n, float divisor);
-  // floor(exp(x - largest) * 2^30) where x >= threshold, else 0
-  void (*masses)(const float* x, int64_t n, float largest, float threshold, int32_t* out);
-  // -inf where x < threshold or exp(x - largest) < min_p
+  void (*divide)(const float* x, int64_t n, float divisor, float* out);
+  // Of ids g, g + groups, g + 2 groups and so on the largest, to out[g]; groups is a multiple of 16.
+  void (*group_maxima)(const float* x, int64_t n, int64_t groups, float* out);
+  int64_t (*reaching)(const float* x, int64_t n, float bound, float* out);  // those >= bound; returns how many
+  void (*masses)(const float* x, int64_t n, float largest, int32_t* out);   // floor(exp(x - largest) * 2^30)
+  int64_t (*total_mass)(const float* x, int64_t n, float largest);          // their sum
+  // -inf where x < threshold or exp(x - largest) < min_p, if that is above 0
   void (*exclude)(float* x, int64_t n, float largest, float threshold, float min_p);
-  // The largest x + Gumbel noise in [begin, end), begin a multiple of 32; the lowest id among equals.
-  Candidate (*gumbel_argmax)(const float* x, int64_t begin, int64_t end, const Stream& stream);
+  // The largest x / temperature + Gumbel noise in [begin, end), begin a multiple of 128; the lowest id among equals. One
+  // below `floor` need not be found.
+  Candidate (*gumbel_argmax)(const float* x, float temperature, int64_t begin, int64_t end, const Stream& stream,
+                             float floor);
 
   // For benchmarks: products of `storage` with operands in registers (returns how many), and a read of memory.
   int64_t (*multiply_accumulate)(Storage storage, int64_t iterations);

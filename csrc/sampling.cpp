@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <numeric>
 
 #include "rounding.hpp"
 #include "shares.hpp"
@@ -33,24 +35,29 @@ uint32_t key_reaching(uint32_t* keys, int32_t* weights, int64_t n, int64_t wante
   constexpr int kShifts[3] = {21, 10, 0}, kBits[3] = {11, 11, 10};
   uint32_t prefix = 0;
   for (int pass = 0; pass < 3; ++pass) {
-    int64_t sums[1 << 11] = {};
+    int64_t sums[1 << 11][2] = {};  // in turns, because neighbours are often of one digit
     const int shift = kShifts[pass];
     const uint32_t mask = (1u << kBits[pass]) - 1;
-    for (int64_t i = 0; i < n; ++i) sums[(keys[i] >> shift) & mask] += weights ? weights[i] : 1;
+    for (int64_t i = 0; i < n; ++i) sums[(keys[i] >> shift) & mask][i & 1] += weights ? weights[i] : 1;
+    const auto sum = [&](uint32_t digit) { return sums[digit][0] + sums[digit][1]; };
     uint32_t digit = mask;
-    while (digit > 0 && sums[digit] < wanted) wanted -= sums[digit--];
+    while (digit > 0 && sum(digit) < wanted) wanted -= sum(digit--);
     prefix |= digit << shift;
     int64_t kept = 0;
     for (int64_t i = 0; i < n; ++i) {
-      if (((keys[i] >> shift) & mask) != digit) continue;
+      const bool here = ((keys[i] >> shift) & mask) == digit;
       keys[kept] = keys[i];
       if (weights) weights[kept] = weights[i];
-      ++kept;
+      kept += here;
     }
     n = kept;
   }
   return prefix;
 }
+
+// Options that change single logits; those that leave some out.
+bool changed(const Sampling& s) { return s.allowed || s.output_counts.starts || s.logit_bias.starts; }
+bool limited(const Sampling& s, int64_t r) { return s.top_k[r] > 0 || s.top_p[r] < 1 || s.min_p[r] > 0; }
 
 }  // namespace
 
@@ -61,13 +68,11 @@ void Sampler::reserve(const Sampling& s, int64_t vocab_size, int64_t width, int 
   partials_.resize(static_cast<size_t>(s.num_rows * pieces_));
   candidates_.resize(static_cast<size_t>(s.num_rows * pieces_));
   rows_.resize(static_cast<size_t>(s.num_rows));
-  bool edited = s.allowed || s.output_counts.starts || s.logit_bias.starts, limited = false;
-  for (int64_t r = 0; r < s.num_rows; ++r) {
-    edited |= s.temperature[r] != 0;
-    limited |= s.temperature[r] != 0 && (s.top_k[r] > 0 || s.top_p[r] < 1);
-  }
-  if (edited) values_.reserve(s.num_rows * width * 4);
-  if (limited) {
+  bool any_limited = false;
+  for (int64_t r = 0; r < s.num_rows; ++r) any_limited |= s.temperature[r] != 0 && limited(s, r);
+  if (changed(s) || any_limited) values_.reserve(s.num_rows * width * 4);
+  if (any_limited) {
+    picked_.reserve(threads * width * 4);
     keys_.reserve(threads * width * 4);
     masses_.reserve(threads * width * 4);
   }
@@ -78,23 +83,42 @@ void Sampler::run(Team& team, int thread, const Kernels& kernels, const Sampling
   const auto row_logits = [&](int64_t r) { return logits + at[r] * width_; };
   const auto piece = [&](int64_t index) { return Range{index * kPiece, std::min((index + 1) * kPiece, vocab_size_)}; };
   const Shares shares(s.num_rows, team.size());
-  const auto rows = [&](int64_t share) { return shares.rows(share); };
-  for_each_cell(team, thread, shares, pieces_, s.num_rows * pieces_, rows, [&](int64_t r, int64_t index) {
+  const auto each_piece = [&](auto body) {
+    const auto rows = [&](int64_t share) { return shares.rows(share); };
+    for_each_cell(team, thread, shares, pieces_, s.num_rows * pieces_, rows, body);
+  };
+  // What this thread found in a row tells it what it need not look at in the next piece.
+  int64_t last = -1;
+  float floor = kNothing;
+  const auto draw = [&](int64_t r, int64_t index, const float* x, float temperature) {
+    if (r != last) floor = kNothing;
+    last = r;
+    const Range here = piece(index);
+    const Stream stream{s.seeds[r], s.positions[r], s.sample_index[r]};
+    const Candidate best = kernels.gumbel_argmax(x, temperature, here.begin, here.end, stream, floor);
+    floor = std::max(floor, best.value);
+    candidates_[static_cast<size_t>(r * pieces_ + index)] = best;
+  };
+  const auto by_chance = [&](int64_t r) { return s.temperature[r] != 0; };
+  const auto with_options = [&](int64_t r) { return by_chance(r) && (changed(s) || limited(s, r)); };
+  bool any_with_options = false;
+  for (int64_t r = 0; r < s.num_rows; ++r) any_with_options |= with_options(r);
+  each_piece([&](int64_t r, int64_t index) {
     const Range here = piece(index);
     partials_[static_cast<size_t>(r * pieces_ + index)] = kernels.partial_sum(row_logits(r), here.begin, here.end);
+    if (by_chance(r) && !with_options(r)) draw(r, index, row_logits(r), s.temperature[r]);
   });
   team.for_each(s.num_rows, 1, [&](int64_t r, int64_t) {
     summarise(r);
     apply_options(kernels, s, row_logits(r), r, thread);
+    if (!any_with_options) pick(kernels, s, row_logits(r), r, draws);
   });
-  const bool by_chance = std::any_of(s.temperature, s.temperature + s.num_rows, [](float t) { return t != 0; });
-  team.for_each(by_chance ? s.num_rows * pieces_ : 0, 1, [&](int64_t unit, int64_t) {
-    const int64_t r = unit / pieces_;
-    if (rows_[static_cast<size_t>(r)].greedy || !rows_[static_cast<size_t>(r)].valid) return;
-    const Range here = piece(unit % pieces_);
-    const Stream stream{s.seeds[r], s.positions[r], s.sample_index[r]};
-    candidates_[static_cast<size_t>(unit)] =
-        kernels.gumbel_argmax(values_.floats() + r * width_, here.begin, here.end, stream);
+  if (!any_with_options) return;
+  last = -1;
+  each_piece([&](int64_t r, int64_t index) {
+    const Row& row = rows_[static_cast<size_t>(r)];
+    if (!with_options(r) || row.greedy || !row.valid) return;
+    draw(r, index, values_.floats() + r * width_, row.temperature);
   });
   team.for_each(s.num_rows, 1, [&](int64_t r, int64_t) { pick(kernels, s, row_logits(r), r, draws); });
 }
@@ -137,53 +161,73 @@ void Sampler::edit(const Sampling& s, float* x, int64_t r) const {
   }
 }
 
-// Leaves in values_ the row after all options, with -inf for what cannot be drawn.
+// Leaves in values_ the row after all options but a temperature alone, with -inf for what cannot be drawn.
 void Sampler::apply_options(const Kernels& kernels, const Sampling& s, const float* logits, int64_t r, int thread) {
   Row& row = rows_[static_cast<size_t>(r)];
-  const bool changed = s.allowed || s.output_counts.starts || s.logit_bias.starts;
-  row.greedy = s.temperature[r] == 0;
-  row.edited = row.valid && (!row.greedy || changed);
-  if (!row.edited) return;
+  if (!row.valid) return;
   float* x = values_.floats() + r * width_;
-  std::memcpy(x, logits, static_cast<size_t>(vocab_size_) * 4);
-  float largest = row.largest;
-  if (changed) {
+  row.edited = changed(s);
+  row.top = row.largest;
+  if (row.edited) {
+    std::memcpy(x, logits, static_cast<size_t>(vocab_size_) * 4);
     edit(s, x, r);
     const Partial all = kernels.partial_sum(x, 0, vocab_size_);
-    largest = all.largest;
-    row.valid = largest > kNothing && largest < -kNothing && std::isfinite(all.sum);
+    row.top = all.largest;
+    row.valid = row.top > kNothing && row.top < -kNothing && std::isfinite(all.sum);
     if (!row.valid) return;
   }
   // A temperature so near zero that the quotient overflows leaves nothing to chance.
-  row.greedy |= !std::isfinite(largest / s.temperature[r]);
-  if (row.greedy) return;
-  if (s.temperature[r] != 1.0f) {
-    kernels.divide(x, vocab_size_, s.temperature[r]);
-    largest /= s.temperature[r];
-  }
-  uint32_t* keys = reinterpret_cast<uint32_t*>(keys_.data()) + thread * width_;
-  int32_t* masses = reinterpret_cast<int32_t*>(masses_.data()) + thread * width_;
+  row.temperature = s.temperature[r];
+  row.greedy = row.temperature == 0 || !std::isfinite(row.top / row.temperature);
+  if (row.greedy || !limited(s, r)) return;
+  kernels.divide(row.edited ? x : logits, vocab_size_, row.temperature, x);
+  row.edited = true;
+  const float largest = row.top / row.temperature;
+  row.temperature = 1.0f;
   float threshold = kNothing;
-  if (s.top_k[r] > 0 && s.top_k[r] < vocab_size_) {
-    for (int64_t i = 0; i < vocab_size_; ++i) keys[i] = to_key(x[i]);
-    threshold = from_key(key_reaching(keys, nullptr, vocab_size_, s.top_k[r]));
+  if (s.top_k[r] > 0 && s.top_k[r] < vocab_size_) threshold = top_k_threshold(kernels, x, s.top_k[r], thread);
+  if (s.top_p[r] < 1) threshold = top_p_threshold(kernels, x, s.top_p[r], largest, threshold, thread);
+  if (threshold > kNothing || s.min_p[r] > 0) kernels.exclude(x, vocab_size_, largest, threshold, s.min_p[r]);
+}
+
+// The k-th largest of a row. No more values matter than those that reach the k-th largest of the maxima of groups.
+float Sampler::top_k_threshold(const Kernels& kernels, const float* x, int64_t k, int thread) {
+  const Space here = space(thread);
+  int64_t groups = 256;
+  while (groups < 4 * k) groups *= 2;
+  float bound = kNothing;
+  if (4 * groups <= vocab_size_) {
+    kernels.group_maxima(x, vocab_size_, groups, here.picked);
+    std::nth_element(here.picked, here.picked + k - 1, here.picked + groups, std::greater<float>());
+    bound = here.picked[k - 1];
   }
-  if (s.top_p[r] < 1) {
-    kernels.masses(x, vocab_size_, largest, threshold, masses);
-    int64_t whole = 0, kept = 0;
-    for (int64_t i = 0; i < vocab_size_; ++i) {
-      if (masses[i] == 0) continue;
-      whole += masses[i];
-      keys[kept] = to_key(x[i]);
-      masses[kept++] = masses[i];
+  const int64_t count = kernels.reaching(x, vocab_size_, bound, here.picked);
+  std::transform(here.picked, here.picked + count, here.keys, to_key);
+  return from_key(key_reaching(here.keys, nullptr, count, k));
+}
+
+// The largest value such that those that reach it have the share `p` of the mass of all that reach `threshold`. Those of
+// most mass are looked at first: they are few, as a rule.
+float Sampler::top_p_threshold(const Kernels& kernels, const float* x, float p, float largest, float threshold,
+                               int thread) {
+  const Space here = space(thread);
+  int64_t count = 0;
+  const auto weigh = [&](float bound) {
+    count = kernels.reaching(x, vocab_size_, bound, here.picked);
+    kernels.masses(here.picked, count, largest, here.masses);
+    return std::accumulate(here.masses, here.masses + count, int64_t{0});
+  };
+  const bool all = threshold == kNothing;
+  const int64_t whole = all ? kernels.total_mass(x, vocab_size_, largest) : weigh(threshold);
+  const double share = std::ceil(static_cast<double>(p) * static_cast<double>(whole));
+  const int64_t wanted = share > 1.0 ? static_cast<int64_t>(share) : 1;
+  if (all) {
+    for (const float below : {3.0f, 6.0f, 10.0f, -kNothing}) {
+      if (weigh(largest - below) >= wanted) break;
     }
-    const double share = std::ceil(static_cast<double>(s.top_p[r]) * static_cast<double>(whole));
-    const int64_t wanted = share > 1.0 ? static_cast<int64_t>(share) : 1;
-    threshold = from_key(key_reaching(keys, masses, kept, wanted));
   }
-  if (threshold > kNothing || s.min_p[r] > 0) {
-    kernels.exclude(x, vocab_size_, largest, threshold, s.min_p[r] > 0 ? s.min_p[r] : -1.0f);
-  }
+  std::transform(here.picked, here.picked + count, here.keys, to_key);
+  return from_key(key_reaching(here.keys, here.masses, count, wanted));
 }
 
 void Sampler::pick(const Kernels& kernels, const Sampling& s, const float* logits, int64_t r, const Draws& draws) {
@@ -199,7 +243,7 @@ void Sampler::pick(const Kernels& kernels, const Sampling& s, const float* logit
     token = best->id;
   } else if (row.edited) {
     const float* x = values_.floats() + r * width_;
-    token = kernels.first_equal(x, 0, vocab_size_, kernels.partial_sum(x, 0, vocab_size_).largest);
+    token = kernels.first_equal(x, 0, vocab_size_, row.top);
   } else {
     const Partial* parts = partials_.data() + r * pieces_;
     int64_t piece = 0;
@@ -211,13 +255,14 @@ void Sampler::pick(const Kernels& kernels, const Sampling& s, const float* logit
   draws.logprobs[r] = logprob(logits[token]);
   const int64_t above = logits[token] == row.largest ? 0 : kernels.count_above(logits, vocab_size_, logits[token]);
   draws.ranks[r] = static_cast<int32_t>(above + 1);
-  // The most probable, by insertion: few ids get past the least of the list.
+  // The most probable, by insertion: few ids get past the least of a full list.
   const int64_t count = s.num_logprobs;
   int32_t* ids = draws.top_ids + r * count;
   float* values = draws.top_logprobs + r * count;
   int64_t filled = 0;
-  for (int64_t id = 0; count > 0 && id < vocab_size_; ++id) {
-    if (filled == count && !(logits[id] > values[count - 1])) continue;
+  for (int64_t id = 0; count > 0; ++id) {
+    if (filled == count) id = kernels.first_above(logits, id, vocab_size_, values[count - 1]);
+    if (id == vocab_size_) break;
     int64_t place = filled < count ? filled++ : count - 1;
     for (; place > 0 && logits[id] > values[place - 1]; --place) {
       values[place] = values[place - 1];

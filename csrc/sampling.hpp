@@ -67,21 +67,35 @@ class Sampler {
 
   struct Row {
     float largest, log_sum;  // of the raw logits; log_sum is log sum exp(logit - largest)
+    float top;          // after what changes single logits
+    float temperature;  // that it has still to be divided by
     bool valid, greedy;
     bool edited;  // values_ holds the row
+  };
+  struct Space {  // of a thread, a whole row each
+    float* picked;
+    uint32_t* keys;
+    int32_t* masses;
   };
 
   void summarise(int64_t r);
   void apply_options(const Kernels& kernels, const Sampling& s, const float* logits, int64_t r, int thread);
   void edit(const Sampling& s, float* x, int64_t r) const;
+  float top_k_threshold(const Kernels& kernels, const float* x, int64_t k, int thread);
+  float top_p_threshold(const Kernels& kernels, const float* x, float p, float largest, float threshold, int thread);
   void pick(const Kernels& kernels, const Sampling& s, const float* logits, int64_t r, const Draws& draws);
+
+  Space space(int thread) const {
+    return {picked_.floats() + thread * width_, reinterpret_cast<uint32_t*>(keys_.data()) + thread * width_,
+            reinterpret_cast<int32_t*>(masses_.data()) + thread * width_};
+  }
 
   int64_t vocab_size_ = 0, width_ = 0, pieces_ = 0;
   std::vector<Partial> partials_;      // [rows, pieces]
   std::vector<Candidate> candidates_;  // [rows, pieces]
   std::vector<Row> rows_;
   Buffer values_;  // [rows, width]
-  Buffer keys_, masses_;  // per thread [width]
+  Buffer picked_, keys_, masses_;  // per thread [width]
 };
 
 }  // namespace native

@@ -146,9 +146,14 @@ void Screen::settle(Team& team, int thread, const Matrix& head, const Rows& x, c
   const Shares shares(count, team.size());
   const auto rows = [&](int64_t share) { return shares.rows(share); };
   const auto draw = [&](int64_t i) { return draws[static_cast<size_t>(i)]; };
+  // What this thread found in a row tells it what it need not look at in the next piece.
+  int64_t last = -1;
+  float floor = kNothing;
   for_each_cell(team, thread, shares, pieces_, count * pieces_, rows, [&](int64_t i, int64_t piece) {
     const float* rest = row(i).rough ? out + rest_place(i, count) * stride : nullptr;
-    look(i * pieces_ + piece, draw(i), out + i * stride, rest);
+    if (i != last) floor = kNothing;
+    last = i;
+    look(i * pieces_ + piece, draw(i), out + i * stride, rest, floor);
   });
   team.for_each(count, 1, [&](int64_t i, int64_t) {
     find_floors(i, head, x.from(i), draw(i), out + i * stride, scratch);
@@ -158,15 +163,17 @@ void Screen::settle(Team& team, int thread, const Matrix& head, const Rows& x, c
   });
 }
 
-// Makes a piece's estimates whole, and finds which output is sure to be the largest of them.
-void Screen::look(int64_t unit, const Draw& draw, float* values, const float* rest) {
+// Makes a piece's estimates whole, and finds which output is sure to be the largest of them. With noise, one that is at
+// most as large as `floor` is passed over, and that is raised to what was found.
+void Screen::look(int64_t unit, const Draw& draw, float* values, const float* rest, float& floor) {
   const int64_t i = unit / pieces_, begin = piece_begin(unit), end = piece_end(unit);
   if (rest) kernels_->sum_estimates(values, rest, begin, end);
   const Estimates x = estimates(i, values);
   plain_bests_[static_cast<size_t>(unit)] = kernels_->surest(x, begin, end);
   if (draw.temperature > 0) {
-    noisy_bests_[static_cast<size_t>(unit)] =
-        kernels_->noisy_surest(x, draw.temperature, draw.stream, begin, end, most(i));
+    const Candidate best = kernels_->noisy_surest(x, draw.temperature, draw.stream, begin, end, floor, most(i));
+    floor = std::max(floor, best.value);
+    noisy_bests_[static_cast<size_t>(unit)] = best;
   }
 }
 

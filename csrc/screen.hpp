@@ -70,7 +70,7 @@ class Screen {
 
   void prepare_row(const uint8_t* data, Row& row, int64_t place, int64_t rest_place, float* scratch);
   int64_t rest_place(int64_t i, int64_t count) const;
-  void look(int64_t unit, const Draw& draw, float* values, const float* rest);
+  void look(int64_t unit, const Draw& draw, float* values, const float* rest, float& floor);
   void find_floors(int64_t i, const Matrix& head, const Rows& x, const Draw& draw, float* values, float* scratch);
   void compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values, float* scratch);
 

@@ -5,17 +5,19 @@ import math
 import numpy as np
 import pytest
 from models import tiny_config
-from native_steps import batch, ids_of, make, neutral
+from native_steps import ISAS, batch, ids_of, make, neutral
 
 from engine.backends.base import SamplingBatch, Sparse, StepOutput
+from engine.config import ModelConfig
 from engine.messages import UndrawableRow
 
 MASK = 0xFFFFFFFF
 CONFIG = tiny_config(vocab_size=131)
+LARGE = tiny_config(vocab_size=9001)  # three pieces, and more than four times as many ids as groups for top_k 512
 ROWS = 12
 
 
-def philox(counter: tuple[int, int, int, int], seed: int) -> list[int]:
+def philox(counter: tuple[np.ndarray, int, int, int], seed: int) -> list[np.ndarray]:
     c, k = list(counter), [seed & MASK, seed >> 32]
     for _ in range(10):
         p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
@@ -25,8 +27,8 @@ def philox(counter: tuple[int, int, int, int], seed: int) -> list[int]:
 
 
 def gumbel(vocab: int, seed: int, position: int, sample: int) -> np.ndarray:
-    words = [philox((v >> 2, position, sample, 0), seed)[v & 3] for v in range(vocab)]
-    u = (np.array(words, np.uint32).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+    words = np.stack(philox((np.arange(-(-vocab // 4), dtype=np.uint64), position, sample, 0), seed), 1).ravel()[:vocab]
+    u = (words.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
     e = np.where(u < np.float32(1e-3), u + u * u / 2 + u * u * u / 3, -np.log(np.maximum(1 - u, np.float32(2.0**-32))))
     return -np.log(e.astype(np.float64))
 
@@ -77,18 +79,18 @@ def drawn(logits: np.ndarray, s: SamplingBatch, r: int) -> tuple[int, float]:
     return int(order[0]), float(x[order[0]] - x[order[1]])
 
 
-def step(sampling: SamplingBatch, rows: int = ROWS) -> tuple[np.ndarray, StepOutput]:
+def step(sampling: SamplingBatch, rows: int = ROWS, config: ModelConfig = CONFIG) -> tuple[np.ndarray, StepOutput]:
     """Logits and draws of the same rows of one step."""
-    backend = make(CONFIG)
+    backend = make(config)
     output = backend.collect(
-        backend.submit(batch([(0, 0, ids_of(1, rows, CONFIG))], "all", sampling, list(range(rows))))
+        backend.submit(batch([(0, 0, ids_of(1, rows, config))], "all", sampling, list(range(rows))))
     )
     assert output.logits is not None
     return output.logits.numpy(), output
 
 
-def check(sampling: SamplingBatch) -> None:
-    logits, output = step(sampling)
+def check(sampling: SamplingBatch, config: ModelConfig = CONFIG) -> None:
+    logits, output = step(sampling, config=config)
     clear = 0
     for r in range(ROWS):
         token, margin = drawn(logits[r], sampling, r)
@@ -100,6 +102,12 @@ def check(sampling: SamplingBatch) -> None:
 
 def full(value: float, dtype: type = np.float32) -> np.ndarray:
     return np.full(ROWS, value, dtype)
+
+
+def sparse(rows: list[dict[int, float]]) -> Sparse:
+    starts = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    ids = np.array([i for row in rows for i in row], np.int32)
+    return Sparse(starts, ids, np.array([v for row in rows for v in row.values()], np.float32))
 
 
 @pytest.mark.parametrize(
@@ -122,10 +130,27 @@ def test_draws(changes: dict[str, np.ndarray]) -> None:
     check(neutral(ROWS, **changes))
 
 
-def sparse(rows: list[dict[int, float]]) -> Sparse:
-    starts = np.cumsum([0, *map(len, rows)]).astype(np.int32)
-    ids = np.array([i for row in rows for i in row], np.int32)
-    return Sparse(starts, ids, np.array([v for row in rows for v in row.values()], np.float32))
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": np.geomspace(0.01, 100, ROWS, dtype=np.float32)},
+        {
+            "temperature": full(2),
+            "top_k": np.array([1, 2, 50, 64, 65, 300, 512, 513, 3000, 9000, 9001, 9002], np.int32),
+        },
+        {"temperature": np.geomspace(0.02, 20, ROWS, dtype=np.float32), "top_p": full(0.9)},
+        {"temperature": full(0.1), "top_p": np.linspace(0.1, 0.999999, ROWS, dtype=np.float32)},
+        {"temperature": full(1), "top_k": full(70, np.int32), "top_p": full(0.8), "min_p": full(0.01)},
+        {"top_k": full(40, np.int32), "logit_bias": sparse([dict.fromkeys(range(9001), -90.0)] * ROWS)},
+        {"top_p": full(0.7), "logit_bias": sparse([dict.fromkeys(range(9001), -90.0)] * ROWS)},
+    ],
+)
+def test_draws_of_a_large_vocabulary(isa: str, changes: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what could not be drawn is passed over: most noise, and most ids in the search for a threshold."""
+    monkeypatch.setenv("ENGINE_ISA", isa)
+    for seed in range(4):
+        check(neutral(ROWS, seeds=np.arange(ROWS, dtype=np.uint64) + np.uint64(100 * seed), **changes), LARGE)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 4.0])
@@ -176,6 +201,13 @@ def test_logprobs_and_ranks() -> None:
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     assert np.array_equal(output.top_ids, order)
     assert np.allclose(output.top_logprobs, np.take_along_axis(logprobs, order, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_most_probable_of_a_large_vocabulary(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_ISA", isa)
+    logits, output = step(neutral(ROWS, num_logprobs=20), config=LARGE)
+    assert np.array_equal(output.top_ids, np.argsort(-logits, axis=1, kind="stable")[:, :20])
 
 
 def test_the_distribution() -> None:

@@ -5,8 +5,9 @@ filled once a step from lists, not once a sequence, and what the step before had
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class _SamplingBuilder:
         self._params, self._streams = params, streams  # so that the next comparison finds the same objects
         changes: dict[str, Any] = {}
         if any(p.has_penalties for p in params):
-            changes["output_counts"] = _sparse(map(_history_counts, draws))
+            changes["output_counts"] = _sparse([_history_counts(draw) for draw in draws])
         banned = [bool(draw.banned_token_ids) for draw in draws]
         if any(banned) or any(p.allowed_token_ids is not None for p in params):
             changes["allowed"] = np.stack([_allowed_bits(draw, self._vocab_size) for draw in draws])
@@ -160,7 +161,7 @@ def _of_params(params: Sequence[SamplingParams]) -> dict[str, Any]:
     return floats | {
         "top_k": np.asarray([min(max(0, p.top_k), 2**31 - 1) for p in params], np.int32),
         "num_logprobs": max(p.logprobs or 0 for p in params),
-        "logit_bias": _sparse((p.logit_bias or {}).items() for p in params) if biased else None,
+        "logit_bias": _sparse([p.logit_bias or {} for p in params]) if biased else None,
         "ranks": any(p.logprobs is not None for p in params),
         "token_only": np.asarray([_is_token_only(p) for p in params], np.bool_),
     }
@@ -179,21 +180,19 @@ def _is_token_only(p: SamplingParams) -> bool:
     return p.logprobs is None and not filtered and not edited
 
 
-def _history_counts(draw: Draw) -> Iterable[tuple[int, float]]:
-    """(id, times generated) of every id of the sequence; ids of the prompt alone have 0."""
+def _history_counts(draw: Draw) -> Mapping[int, float]:
+    """Id -> times generated, for every id of the sequence; ids of the prompt alone have 0."""
     counts = Counter(dict.fromkeys(draw.history[: draw.num_prompt_tokens], 0))
     counts.update(draw.history[draw.num_prompt_tokens :])
-    return counts.items()
+    return counts
 
 
-def _sparse(rows: Iterable[Iterable[tuple[int, float]]]) -> Sparse:
-    starts, ids, values = [0], [], []
-    for row in rows:
-        for token_id, value in row:
-            ids.append(token_id)
-            values.append(value)
-        starts.append(len(ids))
-    return Sparse(np.asarray(starts, np.int32), np.asarray(ids, np.int32), np.asarray(values, np.float32))
+def _sparse(rows: Sequence[Mapping[int, float]]) -> Sparse:
+    return Sparse(
+        starts=np.cumsum([0, *map(len, rows)], dtype=np.int32),
+        ids=np.fromiter(chain.from_iterable(rows), np.int32),
+        values=np.fromiter(chain.from_iterable(row.values() for row in rows), np.float32),
+    )
 
 
 def _allowed_bits(draw: Draw, vocab_size: int) -> npt.NDArray[np.uint32]:
