@@ -36,6 +36,10 @@ struct Sampling {  // one entry a row
   const bool* token_only;  // or null: the token is wanted, drawn with no option but a temperature, and no exact logprob
 };
 
+// Options that change single logits; and those that leave some out of a draw by chance.
+inline bool changed(const Sampling& s) { return s.allowed || s.output_counts.starts || s.logit_bias.starts; }
+inline bool limited(const Sampling& s, int64_t r) { return s.top_k[r] > 0 || s.top_p[r] < 1 || s.min_p[r] > 0; }
+
 // Where the results go.
 struct Draws {
   int32_t* token_ids;   // -1: the row cannot be drawn from
@@ -85,6 +89,7 @@ class Sampler {
   float top_p_threshold(const Kernels& kernels, const float* x, float p, float largest, float threshold, int thread);
   void pick(const Kernels& kernels, const Sampling& s, const float* logits, int64_t r, const Draws& draws);
 
+  float* values(int64_t r) const { return values_.floats() + r * width_; }
   Space space(int thread) const {
     return {picked_.floats() + thread * width_, reinterpret_cast<uint32_t*>(keys_.data()) + thread * width_,
             reinterpret_cast<int32_t*>(masses_.data()) + thread * width_};
