@@ -25,6 +25,14 @@ from typing import Any
 from benchmarks.checkpoint import PRESETS, shared_checkpoint
 from benchmarks.compare import PAUSE, Case, measure_limits, option_parser, random_prompts, seconds_of
 from benchmarks.engines import OURS, SCREENED, Engine, start
+from engine.messages import SamplingParams
+
+
+def sampling_params(text: str) -> dict[str, Any]:
+    """Keyword arguments of ``SamplingParams`` from JSON; raises ``ValueError`` for JSON of something else."""
+    found = json.loads(text)
+    SamplingParams(**found)
+    return dict(found)
 
 
 def run_case(args: argparse.Namespace, states: list[Engine], case: Case, dtype: str) -> dict[str, Any]:
@@ -67,7 +75,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     made.add_argument("--prompt", type=int, default=64, help="tokens before a decode")
     made.add_argument("--tokens", type=int, default=12, help="tokens of a decode")
     made.add_argument("--screened", action="store_true", help="both states with screen_head=True")
-    made.add_argument("--sampling", type=json.loads, default={}, help="SamplingParams of every prompt, in JSON")
+    help_sampling = "SamplingParams of every prompt, in JSON; the same tokens need a seed"
+    made.add_argument("--sampling", type=sampling_params, default={}, help=help_sampling)
     args = made.parse_args(arguments)
     adapter = SCREENED if args.screened else OURS
     if args.repeats < 1 or args.tokens < 2 or min([args.prompt, *args.seqs, *args.prefill]) < 1:

@@ -16,7 +16,9 @@ constexpr int64_t kLogitsRows = 64;  // rows whose logits are computed at a time
 // for every draw. Makes room for them, and returns how many rows are worked on together at most.
 int64_t Model::reserve_head(const Batch& b) {
   const Sampling& s = b.sampling;
-  const auto by_the_screen = [&](int64_t r) { return config_.screen_head && s.token_only && s.token_only[r]; };
+  const auto by_the_screen = [&](int64_t r) {
+    return config_.screen_head && s.token_only && s.token_only[r] && s.temperature[r] >= 0;
+  };
   wanted_.clear(), screened_.clear(), screened_draws_.clear();
   for (int64_t r = 0; r < s.num_rows; ++r) {
     if (!by_the_screen(r)) {

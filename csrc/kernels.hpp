@@ -156,8 +156,8 @@ struct Kernels {
   // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats.
   void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,
                  float* scratch);
-  // The same for vectors of outputs, in ascending order, of one row, and with some of their neighbours', to y: what is
-  // stored and no more. For float32 and bf16.
+  // The bits that matmul stores without an epilogue, for the outputs of some vectors and one row: y[i] of output i, and
+  // maybe of others of its panel. Vectors are numbered as they lie in the output, and ascend. For float32 and bf16.
   void (*matmul_vectors)(const Matrix& w, const Rows& x, const int32_t* vectors, int64_t count, float* y, float* scratch);
   // weight and bias have round_up(d, 16) floats; out gets as many, zeros past d.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t d, float eps, float* out);
@@ -170,17 +170,20 @@ struct Kernels {
   void (*attention)(const CacheShape& shape, const Attention* items, int64_t count);
 
   Partial (*partial_sum)(const float* logits, int64_t begin, int64_t end);
-  // Of a screen (screen.hpp), in [begin, end), begin a multiple of 128 and of the panels' width: x += rest; the one that is
-  // sure to be as large as any other is sure to be, its id -1 if nothing is, plain, and after division by the temperature
-  // and with Gumbel noise, which leaves in most[begin, end) what each may be at most, if that reaches `floor`; and marks for the vectors, from
-  // begin's on, of which one may reach `floor`.
-  void (*sum_estimates)(float* x, const float* rest, int64_t begin, int64_t end);
+  // Of a screen (screen.hpp), in [begin, end), begin a multiple of 128 and of a panel's outputs.
+  void (*sum_estimates)(float* x, const float* rest, int64_t begin, int64_t end);  // x += rest
+  // The output that must reach the most, and how much that is; its id is -1 if nothing can be said.
   Candidate (*surest)(const Estimates& x, int64_t begin, int64_t end);
+  // The same after division by the temperature and with Gumbel noise. Leaves in most[begin, end) what each may be at most:
+  // -inf where that is known to be less than `floor`, or than what another must reach.
   Candidate (*noisy_surest)(const Estimates& x, float temperature, const Stream& stream, int64_t begin, int64_t end,
                             float floor, float* most);
+  // Marks the vectors, from begin's on, in which an output may reach `floor`.
   void (*plain_reaching)(const Estimates& x, float floor, int64_t begin, int64_t end, bool* vectors);
   void (*noisy_reaching)(const float* most, float floor, int64_t begin, int64_t end, bool* vectors);
   float (*gumbel)(int64_t id, const Stream& stream);  // the noise of an id, as gumbel_argmax adds it
+
+  // Of a row's logits.
   int64_t (*first_equal)(const float* x, int64_t begin, int64_t end, float value);  // its id, or end
   int64_t (*first_above)(const float* x, int64_t begin, int64_t end, float value);
   int64_t (*count_above)(const float* x, int64_t n, float value);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "rounding.hpp"
@@ -41,16 +40,12 @@ void Sampler::run(Team& team, int thread, const Kernels& kernels, const Sampling
     const auto rows = [&](int64_t share) { return shares.rows(share); };
     for_each_cell(team, thread, shares, pieces_, s.num_rows * pieces_, rows, body);
   };
-  // What this thread found in a row tells it what it need not look at in the next piece.
-  int64_t last = -1;
-  float floor = kNothing;
+  RowFloor floor;
   const auto draw = [&](int64_t r, int64_t index, const float* x, float temperature) {
-    if (r != last) floor = kNothing;
-    last = r;
     const Range here = piece(index);
     const Stream stream{s.seeds[r], s.positions[r], s.sample_index[r]};
-    const Candidate best = kernels.gumbel_argmax(x, temperature, here.begin, here.end, stream, floor);
-    floor = std::max(floor, best.value);
+    const Candidate best = kernels.gumbel_argmax(x, temperature, here.begin, here.end, stream, floor.of(r));
+    floor.raise(best.value);
     candidates_[static_cast<size_t>(r * pieces_ + index)] = best;
   };
   const auto by_chance = [&](int64_t r) { return s.temperature[r] != 0; };
@@ -68,7 +63,6 @@ void Sampler::run(Team& team, int thread, const Kernels& kernels, const Sampling
     if (!any_with_options) pick(kernels, s, row_logits(r), r, draws);
   });
   if (!any_with_options) return;
-  last = -1;
   each_piece([&](int64_t r, int64_t index) {
     const Row& row = rows_[static_cast<size_t>(r)];
     if (!with_options(r) || row.greedy || !row.valid) return;

@@ -35,7 +35,7 @@ const Candidate& largest(const std::vector<Candidate>& found, int64_t i, int64_t
 Screen::Screen(const Matrix& head, const Kernels& kernels)
     : kernels_(&kernels),
       rounded_(head.storage == Storage::bf16),
-      plain_(kernels.plain(head.storage)),
+      float_rows_(kernels.plain(head.storage)),
       pieces_(ceil_div(head.num_panels, kPiecePanels)),
       row_outputs_(head.num_panels * kernels.panel),
       row_bytes_(round_up(kernels.row_bytes(Storage::s8, head.k), 64)),
@@ -86,26 +86,26 @@ void Screen::reserve(const std::vector<Draw>& draws) {
 }
 
 int64_t Screen::prepare(Team& team, const Rows& x, int64_t count, float* scratch) {
-  const auto prepare_each = [&](auto wanted, auto rest) {
-    team.for_each(count, 1, [&](int64_t i, int64_t) {
-      if (wanted(i)) prepare_row(x.from(i).data, row(i), i, rest(i), scratch);
-    });
+  team.for_each(count, 1, [&](int64_t i, int64_t) {
+    row(i).rest_place = -1;
+    prepare_row(x.from(i).data, row(i), i, scratch);
+  });
+  const auto rough_before = [&](int64_t end) {
+    return std::count_if(per_row_.begin(), per_row_.begin() + end, [](const Row& row) { return row.rough; });
   };
-  prepare_each([](int64_t) { return true; }, [](int64_t) { return -1; });
-  const int64_t end = rest_place(count, count);
-  if (end > count) {
-    prepare_each([&](int64_t i) { return row(i).rough; }, [&](int64_t i) { return rest_place(i, count); });
+  const int64_t all = count + rough_before(count);
+  if (all > count) {
+    team.for_each(count, 1, [&](int64_t i, int64_t) {
+      if (!row(i).rough) return;
+      row(i).rest_place = count + rough_before(i);
+      prepare_row(x.from(i).data, row(i), i, scratch);
+    });
   }
-  return end;
+  return all;
 }
 
-// Where row i's second int8 row is, if it has one: they follow the `count` first ones.
-int64_t Screen::rest_place(int64_t i, int64_t count) const {
-  return count + std::count_if(per_row_.begin(), per_row_.begin() + i, [](const Row& row) { return row.rough; });
-}
-
-// An int8 row, and unless rest_place is negative another one of what it leaves over.
-void Screen::prepare_row(const uint8_t* data, Row& row, int64_t place, int64_t rest_place, float* scratch) {
+// An int8 row at `place`, and another one of what it leaves over if that has a place.
+void Screen::prepare_row(const uint8_t* data, Row& row, int64_t place, float* scratch) {
   const int64_t k = matrix_.view().k;
   std::memset(scratch + k, 0, static_cast<size_t>(round_up(k, kLanes) - k) * 4);
   // Returns the multiples that the int8 row holds, and in `rest` the length of what is left over.
@@ -124,17 +124,17 @@ void Screen::prepare_row(const uint8_t* data, Row& row, int64_t place, int64_t r
     return held;
   };
   const auto x = [&](int64_t j) {
-    if (plain_) return reinterpret_cast<const float*>(data)[j];
+    if (float_rows_) return reinterpret_cast<const float*>(data)[j];
     return bf16_to_float(reinterpret_cast<const uint16_t*>(data)[j]);
   };
   double squares = 0, rest = 0;
   for (int64_t j = 0; j < k; ++j) squares += static_cast<double>(x(j)) * x(j);
   const double norm = std::sqrt(squares);
   const Multiples first = put(x, place, rest);
-  if (rest_place < 0) {
+  if (row.rest_place < 0) {
     row.rough = rest > kRough * norm;
   } else {
-    put([&](int64_t j) { return x(j) - first.nearest(x(j)); }, rest_place, rest);
+    put([&](int64_t j) { return x(j) - first.nearest(x(j)); }, row.rest_place, rest);
   }
   row.norm = static_cast<float>((norm + kFlushed) * kUp);
   row.rest = static_cast<float>((rest + kFlushed) * kUp);
@@ -146,13 +146,9 @@ void Screen::settle(Team& team, int thread, const Matrix& head, const Rows& x, c
   const Shares shares(count, team.size());
   const auto rows = [&](int64_t share) { return shares.rows(share); };
   const auto draw = [&](int64_t i) { return draws[static_cast<size_t>(i)]; };
-  // What this thread found in a row tells it what it need not look at in the next piece.
-  int64_t last = -1;
-  float floor = kNothing;
+  RowFloor floor;
   for_each_cell(team, thread, shares, pieces_, count * pieces_, rows, [&](int64_t i, int64_t piece) {
-    const float* rest = row(i).rough ? out + rest_place(i, count) * stride : nullptr;
-    if (i != last) floor = kNothing;
-    last = i;
+    const float* rest = row(i).rough ? out + row(i).rest_place * stride : nullptr;
     look(i * pieces_ + piece, draw(i), out + i * stride, rest, floor);
   });
   team.for_each(count, 1, [&](int64_t i, int64_t) {
@@ -163,16 +159,16 @@ void Screen::settle(Team& team, int thread, const Matrix& head, const Rows& x, c
   });
 }
 
-// Makes a piece's estimates whole, and finds which output is sure to be the largest of them. With noise, one that is at
-// most as large as `floor` is passed over, and that is raised to what was found.
-void Screen::look(int64_t unit, const Draw& draw, float* values, const float* rest, float& floor) {
+// Makes a piece's estimates whole, and finds which output is sure to be the largest of them. With noise, those that stay
+// below the thread's floor of the row are passed over, and what was found raises it.
+void Screen::look(int64_t unit, const Draw& draw, float* values, const float* rest, RowFloor& floor) {
   const int64_t i = unit / pieces_, begin = piece_begin(unit), end = piece_end(unit);
   if (rest) kernels_->sum_estimates(values, rest, begin, end);
   const Estimates x = estimates(i, values);
   plain_bests_[static_cast<size_t>(unit)] = kernels_->surest(x, begin, end);
   if (draw.temperature > 0) {
-    const Candidate best = kernels_->noisy_surest(x, draw.temperature, draw.stream, begin, end, floor, most(i));
-    floor = std::max(floor, best.value);
+    const Candidate best = kernels_->noisy_surest(x, draw.temperature, draw.stream, begin, end, floor.of(i), most(i));
+    floor.raise(best.value);
     noisy_bests_[static_cast<size_t>(unit)] = best;
   }
 }

@@ -23,6 +23,7 @@
 #include "kernels.hpp"
 #include "packing.hpp"
 #include "pool.hpp"
+#include "shares.hpp"
 
 namespace native {
 
@@ -62,15 +63,15 @@ class Screen {
 
   struct Row {
     float norm, rest;      // |x| and |x - z|, rounded up
-    bool rough;            // has a second int8 row
+    bool rough;            // has a second int8 row,
+    int64_t rest_place;    // which is this one, or -1
     float plain_floor, noisy_floor;  // what an output must reach to matter
     int32_t vectors[2];    // that are computed already, ascending
     int64_t num_vectors;
   };
 
-  void prepare_row(const uint8_t* data, Row& row, int64_t place, int64_t rest_place, float* scratch);
-  int64_t rest_place(int64_t i, int64_t count) const;
-  void look(int64_t unit, const Draw& draw, float* values, const float* rest, float& floor);
+  void prepare_row(const uint8_t* data, Row& row, int64_t place, float* scratch);
+  void look(int64_t unit, const Draw& draw, float* values, const float* rest, RowFloor& floor);
   void find_floors(int64_t i, const Matrix& head, const Rows& x, const Draw& draw, float* values, float* scratch);
   void compute(int64_t unit, const Matrix& head, const Rows& x, const Draw& draw, float* values, float* scratch);
 
@@ -84,8 +85,8 @@ class Screen {
   int64_t piece_end(int64_t unit) const;
 
   const Kernels* kernels_ = nullptr;
-  bool rounded_ = false;  // the head's weights are bf16
-  bool plain_ = false;    // and its rows float32
+  bool rounded_ = false;     // the head's weights are bf16
+  bool float_rows_ = false;  // and the rows that it multiplies float32
   int64_t pieces_ = 0;
   int64_t row_outputs_ = 0;  // of whole panels
   int64_t row_bytes_ = 0;

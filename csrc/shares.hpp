@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "kernels.hpp"
 #include "pool.hpp"
@@ -60,5 +61,20 @@ void for_each_cell(Team& team, int thread, const Shares& shares, int64_t columns
     for (int64_t i = begin; i < end; ++i) body(first + i / across.size(), across.begin + i % across.size());
   });
 }
+
+// The largest value that a thread has found in a row: what is smaller does not matter in the row's other pieces.
+class RowFloor {
+ public:
+  float of(int64_t row) {
+    if (row != row_) value_ = -std::numeric_limits<float>::infinity();
+    row_ = row;
+    return value_;
+  }
+  void raise(float value) { value_ = std::max(value_, value); }
+
+ private:
+  int64_t row_ = -1;
+  float value_ = 0.0f;
+};
 
 }  // namespace native

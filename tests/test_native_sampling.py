@@ -8,6 +8,7 @@ from models import tiny_config
 from native_steps import ISAS, batch, ids_of, make, neutral
 
 from engine.backends.base import SamplingBatch, Sparse, StepOutput
+from engine.backends.native_backend import NativeBackend
 from engine.config import ModelConfig
 from engine.messages import UndrawableRow
 
@@ -79,9 +80,11 @@ def drawn(logits: np.ndarray, s: SamplingBatch, r: int) -> tuple[int, float]:
     return int(order[0]), float(x[order[0]] - x[order[1]])
 
 
-def step(sampling: SamplingBatch, rows: int = ROWS, config: ModelConfig = CONFIG) -> tuple[np.ndarray, StepOutput]:
+def step(
+    sampling: SamplingBatch, rows: int = ROWS, config: ModelConfig = CONFIG, backend: NativeBackend | None = None
+) -> tuple[np.ndarray, StepOutput]:
     """Logits and draws of the same rows of one step."""
-    backend = make(config)
+    backend = backend or make(config)
     output = backend.collect(
         backend.submit(batch([(0, 0, ids_of(1, rows, config))], "all", sampling, list(range(rows))))
     )
@@ -89,8 +92,8 @@ def step(sampling: SamplingBatch, rows: int = ROWS, config: ModelConfig = CONFIG
     return output.logits.numpy(), output
 
 
-def check(sampling: SamplingBatch, config: ModelConfig = CONFIG) -> None:
-    logits, output = step(sampling, config=config)
+def check(sampling: SamplingBatch, config: ModelConfig = CONFIG, backend: NativeBackend | None = None) -> None:
+    logits, output = step(sampling, config=config, backend=backend)
     clear = 0
     for r in range(ROWS):
         token, margin = drawn(logits[r], sampling, r)
@@ -108,6 +111,9 @@ def sparse(rows: list[dict[int, float]]) -> Sparse:
     starts = np.cumsum([0, *map(len, rows)]).astype(np.int32)
     ids = np.array([i for row in rows for i in row], np.int32)
     return Sparse(starts, ids, np.array([v for row in rows for v in row.values()], np.float32))
+
+
+LOW = {"logit_bias": sparse([dict.fromkeys(range(9001), -90.0)] * ROWS)}  # below the zeros that fill rows up
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,25 @@ def test_draws(changes: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("vocab_size", [9, 131, 1031, 2063])
+def test_no_id_past_the_vocabulary_counts(isa: str, vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All logits below zero, in rows of a size that is no multiple of a vector, one batch after another."""
+    monkeypatch.setenv("ENGINE_ISA", isa)
+    config = tiny_config(vocab_size=vocab_size)
+    backend = make(config)
+    low = {"logit_bias": sparse([dict.fromkeys(range(vocab_size), -90.0)] * ROWS)}
+    few = np.zeros((ROWS, -(-vocab_size // 32)), np.uint32)
+    few[:, 0] = 0b1000101
+    for changes in (
+        {"top_k": full(5, np.int32)},
+        {"top_p": full(0.7), "temperature": full(3)},
+        {"top_k": full(5, np.int32), "allowed": few},
+        {"top_p": full(0.999), "allowed": few},
+    ):
+        check(neutral(ROWS, **low, **changes), config, backend)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -142,8 +167,8 @@ def test_draws(changes: dict[str, np.ndarray]) -> None:
         {"temperature": np.geomspace(0.02, 20, ROWS, dtype=np.float32), "top_p": full(0.9)},
         {"temperature": full(0.1), "top_p": np.linspace(0.1, 0.999999, ROWS, dtype=np.float32)},
         {"temperature": full(1), "top_k": full(70, np.int32), "top_p": full(0.8), "min_p": full(0.01)},
-        {"top_k": full(40, np.int32), "logit_bias": sparse([dict.fromkeys(range(9001), -90.0)] * ROWS)},
-        {"top_p": full(0.7), "logit_bias": sparse([dict.fromkeys(range(9001), -90.0)] * ROWS)},
+        {"top_k": np.array([1, 2, 3, 40, 300, 512, 513, 3000, 8999, 9000, 9001, 9002], np.int32), **LOW},
+        {"top_p": full(0.7), **LOW},
     ],
 )
 def test_draws_of_a_large_vocabulary(isa: str, changes: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:

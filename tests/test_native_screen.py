@@ -47,6 +47,10 @@ def hard_weights(kind: str, config: ModelConfig = CONFIG) -> dict[str, torch.Ten
     elif kind == "faint":  # rows near the least numbers that there are
         weights["final_norm.weight"].fill_(1e-39)
         weights["final_norm.bias"].zero_()
+    elif kind == "faintest":  # logits are numbers that the product of two scales is not
+        weights["final_norm.weight"].fill_(1e-20)
+        weights["final_norm.bias"].zero_()
+        head *= 1e-20
     elif kind == "tiny":
         head *= 1e-36
     elif kind == "huge":
@@ -54,7 +58,20 @@ def hard_weights(kind: str, config: ModelConfig = CONFIG) -> dict[str, torch.Ten
     return weights
 
 
-KINDS = ("random", "close", "equal", "outlier", "uneven", "whole", "rounded", "zero", "faint", "tiny", "huge")
+KINDS = (
+    "random",
+    "close",
+    "equal",
+    "outlier",
+    "uneven",
+    "whole",
+    "rounded",
+    "zero",
+    "faint",
+    "faintest",
+    "tiny",
+    "huge",
+)
 
 
 def make(weights: dict[str, torch.Tensor], dtype: str, threads: int = 2) -> NativeBackend:
@@ -119,6 +136,22 @@ def test_a_token_by_chance_is_that_of_the_whole_head(
     assert np.abs(found.logprobs - whole.logprobs).max() < 0.02 * max(1.0, float(np.abs(whole.logprobs).max()) / 100)
     if kind == "random":
         assert len(set(found.token_ids.tolist())) > ROWS
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1.2e-38, 1e-30])
+def test_a_temperature_that_overflows_gives_the_same_bits_with_any_threads(temperature: float) -> None:
+    weights = hard_weights("random")
+    alone, together = (run(make(weights, "float32", threads), [True] * ROWS, temperature) for threads in (1, 3))
+    assert (alone.token_ids == together.token_ids).all()
+    assert (alone.logprobs == together.logprobs).all()
+
+
+def test_what_is_no_temperature_gives_the_token_of_the_whole_head() -> None:
+    """SamplingParams refuses it."""
+    backend = make(hard_weights("random"), "float32")
+    by_screen, whole = run(backend, [True] * ROWS, -1.0), run(backend, [False] * ROWS, -1.0)
+    assert (by_screen.token_ids == whole.token_ids).all()
+    assert (by_screen.logprobs == whole.logprobs).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
