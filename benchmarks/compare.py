@@ -134,21 +134,21 @@ def check_agreement(answers: dict[str, list[int]], vocab_size: int, tokens: int)
 
 
 def floor_seconds(
-    config: ModelConfig, dtype: str, case: Case, read_rate: float, mac_rate: float, screened: bool = False
+    config: ModelConfig, dtype: str, case: Case, read_rate: float, mac_rate: float, screen_rate: float | None = None
 ) -> float:
     """The least time of one step: every weight and cached value read once, or every product, whichever is more.
 
-    A screened head is read in int8. Its products count as if they were of ``dtype``.
+    Rates are bytes and products of ``dtype`` a second; with ``screen_rate``, of int8 products, the head is in int8.
     """
     width, hidden = config.embed_dim, config.hidden_dim
     block = 4 * width * width + 2 * width * hidden
     head = config.vocab_size * width
     rows = case.seqs if case.tokens > 1 else case.seqs * case.prompt
     cached = case.seqs * (case.prompt + case.tokens / 2) * 2 * width * config.n_layers * max(2, ITEM_BYTES[dtype])
-    head_bytes = head * ITEM_BYTES["int8" if screened else dtype]
+    head_bytes = head * ITEM_BYTES["int8" if screen_rate else dtype]
     read = config.n_layers * block * ITEM_BYTES[dtype] + head_bytes + (cached if case.tokens > 1 else 0)
-    macs = rows * config.n_layers * block + case.seqs * head
-    return max(read / read_rate, macs / mac_rate)
+    products = rows * config.n_layers * block / mac_rate + case.seqs * head / (screen_rate or mac_rate)
+    return max(read / read_rate, products)
 
 
 def measure_limits(threads: int, dtypes: list[str], megabytes: int) -> dict[str, float]:
@@ -187,14 +187,14 @@ def run_case(args: argparse.Namespace, runners: list[Runner], case: Case) -> lis
     shares: dict[str, list[float]] = {runner.name: [] for runner in runners}
     measured: list[dict[str, float]] = []
     for repeat in range(-1, args.repeats):  # the first is a warm-up
-        limits = measure_limits(args.threads, args.dtypes, args.megabytes)
+        limits = measure_limits(args.threads, sorted({*args.dtypes, "int8"}), args.megabytes)
         prompts = random_prompts(config.vocab_size, case.seqs, case.prompt, 1000 * case.seqs + repeat)
         for runner in random.Random(repeat).sample(runners, len(runners)):
             time.sleep(PAUSE)
             seconds = seconds_of(runner.engine.generate(prompts, case.tokens), case)
             if repeat >= 0:
-                rates = limits["read"], limits[runner.precision]
-                floor = floor_seconds(config, runner.precision, case, *rates, runner.peer == SCREENED)
+                rates = limits["read"], limits[runner.precision], limits["int8"] if runner.peer == SCREENED else None
+                floor = floor_seconds(config, runner.precision, case, *rates)
                 times[runner.name].append(seconds)
                 shares[runner.name].append(floor / seconds)
         measured.append(limits)

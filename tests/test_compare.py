@@ -232,10 +232,12 @@ def test_the_floor() -> None:
     decode = compare.floor_seconds(config, "bfloat16", compare.Case("d", 1, 64, 2), 1e9, 1e15)
     matrices = 12 * 12 * 768 * 768 + 50257 * 768
     assert decode == pytest.approx((2 * matrices + 65 * 2 * 768 * 12 * 2) / 1e9)
-    screened = compare.floor_seconds(config, "bfloat16", compare.Case("d", 1, 64, 2), 1e9, 1e15, screened=True)
+    screened = compare.floor_seconds(config, "bfloat16", compare.Case("d", 1, 64, 2), 1e9, 1e15, 1e15)
     assert decode - screened == pytest.approx(50257 * 768 / 1e9)
     prefill = compare.floor_seconds(config, "bfloat16", compare.Case("p", 1, 512, 1), 1e15, 1e9)
     assert prefill == pytest.approx((512 * 12 * 12 * 768 * 768 + 50257 * 768) / 1e9)
+    screened = compare.floor_seconds(config, "bfloat16", compare.Case("p", 1, 512, 1), 1e15, 1e9, 2e9)
+    assert prefill - screened == pytest.approx(50257 * 768 / 2e9)
 
 
 def rows_of(**speeds: float) -> list[dict[str, Any]]:
