@@ -1,3 +1,4 @@
+// What an int8 copy of the head tells of its outputs, and which of them are computed (screen.hpp says why that will do).
 #include "screen.hpp"
 
 #include <algorithm>
