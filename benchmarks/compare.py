@@ -186,8 +186,9 @@ def run_case(args: argparse.Namespace, runners: list[Runner], case: Case) -> lis
     times: dict[str, list[float]] = {runner.name: [] for runner in runners}
     shares: dict[str, list[float]] = {runner.name: [] for runner in runners}
     measured: list[dict[str, float]] = []
+    screen = {"int8"} if any(runner.peer == SCREENED for runner in runners) else set()
     for repeat in range(-1, args.repeats):  # the first is a warm-up
-        limits = measure_limits(args.threads, sorted({*args.dtypes, "int8"}), args.megabytes)
+        limits = measure_limits(args.threads, sorted({*args.dtypes, *screen}), args.megabytes)
         prompts = random_prompts(config.vocab_size, case.seqs, case.prompt, 1000 * case.seqs + repeat)
         for runner in random.Random(repeat).sample(runners, len(runners)):
             time.sleep(PAUSE)

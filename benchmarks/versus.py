@@ -29,10 +29,21 @@ from engine.messages import SamplingParams
 
 
 def sampling_params(text: str) -> dict[str, Any]:
-    """Keyword arguments of ``SamplingParams`` from JSON; raises ``ValueError`` for JSON of something else."""
-    found = json.loads(text)
-    SamplingParams(**found)
-    return dict(found)
+    """Keyword arguments of ``SamplingParams`` from JSON, but for those that every prompt has here.
+
+    Raises:
+        ArgumentTypeError: it is JSON of something else, or a value is not accepted.
+    """
+    try:
+        found = dict(json.loads(text))
+        SamplingParams(**found)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the JSON of SamplingParams: {error}") from error
+    if fixed := found.keys() & {"n", "max_tokens", "ignore_eos"}:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(fixed))} cannot be given: --tokens of one sample are timed"
+        )
+    return found
 
 
 def run_case(args: argparse.Namespace, states: list[Engine], case: Case, dtype: str) -> dict[str, Any]:

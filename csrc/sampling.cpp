@@ -2,17 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
+#include "pieces.hpp"
 #include "rounding.hpp"
 #include "shares.hpp"
 
 namespace native {
-namespace {
-
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
-
-}  // namespace
 
 void Sampler::reserve(const Sampling& s, int64_t vocab_size, int64_t width, int threads) {
   vocab_size_ = vocab_size;
@@ -37,8 +32,7 @@ void Sampler::run(Team& team, int thread, const Kernels& kernels, const Sampling
   const auto piece = [&](int64_t index) { return Range{index * kPiece, std::min((index + 1) * kPiece, vocab_size_)}; };
   const Shares shares(s.num_rows, team.size());
   const auto each_piece = [&](auto body) {
-    const auto rows = [&](int64_t share) { return shares.rows(share); };
-    for_each_cell(team, thread, shares, pieces_, s.num_rows * pieces_, rows, body);
+    for_each_cell(team, thread, shares, pieces_, s.num_rows * pieces_, body);
   };
   RowFloor floor;
   const auto draw = [&](int64_t r, int64_t index, const float* x, float temperature) {
@@ -92,11 +86,9 @@ void Sampler::pick(const Kernels& kernels, const Sampling& s, const float* logit
   if (!row.valid) return;
   int64_t token;
   if (!row.greedy) {
-    const Candidate* found = candidates_.data() + r * pieces_;
-    const Candidate* best = found;
-    for (int64_t i = 1; i < pieces_; ++i) best = found[i].value > best->value ? found + i : best;
-    if (!(best->value > kNothing)) return;  // the options exclude every one
-    token = best->id;
+    const Candidate& best = largest_found(candidates_, r, pieces_);
+    if (!(best.value > kNothing)) return;  // the options exclude every one
+    token = best.id;
   } else if (row.edited) {
     const float* x = values(r);
     token = kernels.first_equal(x, 0, vocab_size_, row.top);

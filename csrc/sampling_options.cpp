@@ -4,15 +4,13 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <numeric>
 
+#include "pieces.hpp"
 #include "sampling.hpp"
 
 namespace native {
 namespace {
-
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // Unsigned integers in the order of floats.
 uint32_t to_key(float value) {

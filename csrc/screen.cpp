@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "rounding.hpp"
 #include "shares.hpp"
@@ -17,7 +16,6 @@ constexpr double kFlushed = 1e-30;    // a length that stands for what hardware 
 constexpr float kLeastStep = 1e-37f;  // whose inverse is a number; rows of smaller ones are within what is flushed
 constexpr double kUnit = 1.0 / (1 << 24);
 constexpr float kRough = 1.0f / 64;  // |x - z| / |x|; of normally distributed values it is about 1 / 130
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // Multiples of a step that int8 holds as they are, however its kernel rounds.
 struct Multiples {
@@ -25,11 +23,6 @@ struct Multiples {
   explicit Multiples(float largest) : step(largest / 127.0f), inverse(step > kLeastStep ? 1.0f / step : 0.0f) {}
   float nearest(float value) const { return nearest_whole(value * inverse) * step; }
 };
-
-const Candidate& largest(const std::vector<Candidate>& found, int64_t i, int64_t pieces) {
-  const auto first = found.begin() + i * pieces;
-  return *std::max_element(first, first + pieces, [](const Candidate& a, const Candidate& b) { return a.value < b.value; });
-}
 
 }  // namespace
 
@@ -145,17 +138,16 @@ void Screen::settle(Team& team, int thread, const Matrix& head, const Rows& x, c
                     float* out, int64_t stride, float* scratch) {
   const auto count = static_cast<int64_t>(draws.size());
   const Shares shares(count, team.size());
-  const auto rows = [&](int64_t share) { return shares.rows(share); };
   const auto draw = [&](int64_t i) { return draws[static_cast<size_t>(i)]; };
   RowFloor floor;
-  for_each_cell(team, thread, shares, pieces_, count * pieces_, rows, [&](int64_t i, int64_t piece) {
+  for_each_cell(team, thread, shares, pieces_, count * pieces_, [&](int64_t i, int64_t piece) {
     const float* rest = row(i).rough ? out + row(i).rest_place * stride : nullptr;
     look(i * pieces_ + piece, draw(i), out + i * stride, rest, floor);
   });
   team.for_each(count, 1, [&](int64_t i, int64_t) {
     find_floors(i, head, x.from(i), draw(i), out + i * stride, scratch);
   });
-  for_each_cell(team, thread, shares, pieces_, 1, rows, [&](int64_t i, int64_t piece) {
+  for_each_cell(team, thread, shares, pieces_, 1, [&](int64_t i, int64_t piece) {
     compute(i * pieces_ + piece, head, x.from(i), draw(i), out + i * stride, scratch);
   });
 }
@@ -181,8 +173,8 @@ void Screen::find_floors(int64_t i, const Matrix& head, const Rows& x, const Dra
   Row& found = row(i);
   found.plain_floor = found.noisy_floor = kNothing;
   found.num_vectors = 0;
-  const int64_t plain = largest(plain_bests_, i, pieces_).id;
-  const int64_t noisy = draw.temperature > 0 ? largest(noisy_bests_, i, pieces_).id : -1;
+  const int64_t plain = largest_found(plain_bests_, i, pieces_).id;
+  const int64_t noisy = draw.temperature > 0 ? largest_found(noisy_bests_, i, pieces_).id : -1;
   for (const int64_t id : {std::min(plain, noisy), std::max(plain, noisy)}) {
     const auto vector = static_cast<int32_t>(id / kernels_->lanes);
     const bool again = found.num_vectors && found.vectors[0] == vector;

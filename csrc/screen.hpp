@@ -22,8 +22,8 @@
 #include "buffer.hpp"
 #include "kernels.hpp"
 #include "packing.hpp"
+#include "pieces.hpp"
 #include "pool.hpp"
-#include "shares.hpp"
 
 namespace native {
 

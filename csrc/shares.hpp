@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "kernels.hpp"
 #include "pool.hpp"
@@ -62,19 +61,10 @@ void for_each_cell(Team& team, int thread, const Shares& shares, int64_t columns
   });
 }
 
-// The largest value that a thread has found in a row: what is smaller does not matter in the row's other pieces.
-class RowFloor {
- public:
-  float of(int64_t row) {
-    if (row != row_) value_ = -std::numeric_limits<float>::infinity();
-    row_ = row;
-    return value_;
-  }
-  void raise(float value) { value_ = std::max(value_, value); }
-
- private:
-  int64_t row_ = -1;
-  float value_ = 0.0f;
-};
+// The same with the shares' own rows.
+template <class Body>
+void for_each_cell(Team& team, int thread, const Shares& shares, int64_t columns, int64_t most, Body&& body) {
+  for_each_cell(team, thread, shares, columns, most, [&](int64_t share) { return shares.rows(share); }, body);
+}
 
 }  // namespace native

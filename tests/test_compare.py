@@ -155,6 +155,14 @@ def test_two_states_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         versus.main([str(engines.ROOT), "--prefill", "--seqs"])
     assert "there is nothing to run" in capsys.readouterr().err
+    for sampling, reason in (
+        ("null", "is not the JSON of SamplingParams"),
+        ('{"top_p": 2}', "top_p"),
+        ('{"n": 2}', "n cannot be given"),
+    ):
+        with pytest.raises(SystemExit):
+            versus.main([str(engines.ROOT), "--sampling", sampling])
+        assert reason in capsys.readouterr().err
     long = f"{engines.ROOT} --preset tiny --threads 1 --dtypes float32 --seqs 1 --prefill --prompt 120 --tokens 20"
     with pytest.raises(SystemExit, match="decode 1: 20 tokens were to follow a prompt of 120, and 9 did"):
         versus.main([*long.split(), "--folder", str(tmp_path)])

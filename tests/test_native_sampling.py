@@ -113,7 +113,9 @@ def sparse(rows: list[dict[int, float]]) -> Sparse:
     return Sparse(starts, ids, np.array([v for row in rows for v in row.values()], np.float32))
 
 
-LOW = {"logit_bias": sparse([dict.fromkeys(range(9001), -90.0)] * ROWS)}  # below the zeros that fill rows up
+def lowered(vocab_size: int) -> dict[str, Sparse]:
+    """The option that makes all logits less than the zeros that fill rows up."""
+    return {"logit_bias": sparse([dict.fromkeys(range(vocab_size), -90.0)] * ROWS)}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,6 @@ def test_no_id_past_the_vocabulary_counts(isa: str, vocab_size: int, monkeypatch
     monkeypatch.setenv("ENGINE_ISA", isa)
     config = tiny_config(vocab_size=vocab_size)
     backend = make(config)
-    low = {"logit_bias": sparse([dict.fromkeys(range(vocab_size), -90.0)] * ROWS)}
     few = np.zeros((ROWS, -(-vocab_size // 32)), np.uint32)
     few[:, 0] = 0b1000101
     for changes in (
@@ -152,7 +153,7 @@ def test_no_id_past_the_vocabulary_counts(isa: str, vocab_size: int, monkeypatch
         {"top_k": full(5, np.int32), "allowed": few},
         {"top_p": full(0.999), "allowed": few},
     ):
-        check(neutral(ROWS, **low, **changes), config, backend)
+        check(neutral(ROWS, **lowered(vocab_size), **changes), config, backend)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -167,8 +168,8 @@ def test_no_id_past_the_vocabulary_counts(isa: str, vocab_size: int, monkeypatch
         {"temperature": np.geomspace(0.02, 20, ROWS, dtype=np.float32), "top_p": full(0.9)},
         {"temperature": full(0.1), "top_p": np.linspace(0.1, 0.999999, ROWS, dtype=np.float32)},
         {"temperature": full(1), "top_k": full(70, np.int32), "top_p": full(0.8), "min_p": full(0.01)},
-        {"top_k": np.array([1, 2, 3, 40, 300, 512, 513, 3000, 8999, 9000, 9001, 9002], np.int32), **LOW},
-        {"top_p": full(0.7), **LOW},
+        {"top_k": np.array([1, 2, 3, 40, 300, 512, 513, 3000, 8999, 9000, 9001, 9002], np.int32), **lowered(9001)},
+        {"top_p": full(0.7), **lowered(9001)},
     ],
 )
 def test_draws_of_a_large_vocabulary(isa: str, changes: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
