@@ -18,6 +18,7 @@ inline int64_t group_of(Storage storage) {
   }
 }
 constexpr int64_t kMaxGroup = 128;
+constexpr int64_t kLineBytes = 64;   // of the caches
 constexpr int64_t kNibblePart = 32;  // values of k whose products with four-bit weights make one exact sum
 
 // Whether weights and activations are integers.
@@ -68,6 +69,32 @@ struct Output {
   Output from(int64_t row) const {
     if (rounded) return {data, stride, epilogue, rounded + row * stride};
     return {data + row * stride, stride, epilogue};
+  }
+};
+
+// What a loop fetches meanwhile: a line from there, and with each of its rounds one `step` bytes further on.
+struct Fetch {
+  const uint8_t* from;  // null: nothing
+  int64_t step;
+};
+
+// What is read after a product: `bytes` at base + blocks[i] * stride, in the order of i. The product fetches what it has
+// time for.
+struct Upcoming {
+  const uint8_t* base = nullptr;
+  int64_t stride = 0, bytes = 0;
+  const int32_t* blocks = nullptr;
+  int64_t count = 0;
+  int64_t fetched = 0;  // bytes of the first block
+
+  // As many of the next lines as so many rounds fetch, but of one block: the last rounds may come to lines after it.
+  Fetch take(int64_t rounds) {
+    if (!count) return {nullptr, 0};
+    const uint8_t* from = base + blocks[0] * stride + fetched;
+    const int64_t left = bytes - fetched, taken = left < rounds * kLineBytes ? left : rounds * kLineBytes;
+    fetched += taken;
+    if (fetched == bytes) fetched = 0, ++blocks, --count;
+    return {from, (taken + rounds - 1) / rounds};
   }
 };
 
@@ -153,9 +180,9 @@ struct Kernels {
   float (*quantise_nibbles)(const float* x, int64_t k, int64_t group, float* extremes, uint32_t* words,
                             int8_t* multipliers);
 
-  // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats.
+  // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats. `upcoming` may be null.
   void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,
-                 float* scratch);
+                 Upcoming* upcoming, float* scratch);
   // The bits that matmul stores without an epilogue, for the outputs of some vectors and one row: y[i] of output i, and
   // maybe of others of its panel. Vectors are numbered as they lie in the output, and ascend. For float32 and bf16.
   void (*matmul_vectors)(const Matrix& w, const Rows& x, const int32_t* vectors, int64_t count, float* y, float* scratch);

@@ -61,7 +61,7 @@ void Model::write_cache(Team& team, int thread, const Batch& b, int64_t layer) {
 // blocks: heads 0, 1, 2... of a unit, then of the next.
 void Model::attend(Team& team, int thread, const Batch& b, int64_t layer) {
   const Shares shares = shares_of(b.num_tokens);
-  const bool by_head = static_cast<int64_t>(units_.size()) > b.num_sequences;
+  const bool by_head = shares_cache(b);
   const auto units = [&](int64_t share) { return share_units_[static_cast<size_t>(share)]; };
   const auto heads = [&](int64_t share) { return shares.part_of({0, config_.n_heads}, share); };
   const auto pieces = [&](int64_t share) { return units(share).size() * heads(share).size(); };
@@ -76,6 +76,20 @@ void Model::attend(Team& team, int thread, const Batch& b, int64_t layer) {
     }
     kernels_->attention(shape_, items, end - begin);
   });
+}
+
+// The K and V that a share's attention will read, unless it reads them often: then fetching them before saves little.
+Upcoming Model::cache_of(const Batch& b, int64_t layer, int64_t share) const {
+  const Shares shares = shares_of(b.num_tokens);
+  if (layer == config_.n_layers || share >= shares.count() || shares_cache(b)) return {};
+  const Range units = share_units_[static_cast<size_t>(share)], heads = shares.part_of({0, config_.n_heads}, share);
+  if (!units.size() || !heads.size()) return {};
+  const auto start = [&](int64_t sequence) { return context_starts_[static_cast<size_t>(sequence)]; };
+  const auto sequence = [&](int64_t unit) { return units_[static_cast<size_t>(unit)].sequence; };
+  const int64_t first = start(sequence(units.begin)), end = start(sequence(units.end - 1) + 1);
+  const int64_t offset = shape_.keys_of(heads.begin);
+  return {cache_block(layer, 0) + offset, shape_.block_bytes(), shape_.keys_of(heads.end) - offset,
+          context_blocks_.data() + first, end - first};
 }
 
 Attention Model::attention(const Batch& b, int64_t layer, const Unit& unit, int64_t head, int thread) const {
@@ -132,9 +146,9 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
 }
 
 // y = epilogue(x W^T + b) for `rows` prepared rows; of `sections` matrices side by side, each shared out by itself. All
-// threads call it and meet at its end.
+// threads call it and meet at its end. `upcoming` is the thread's own, or null.
 void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y,
-                     int64_t sections) {
+                     Upcoming* upcoming, int64_t sections) {
   const Matrix& m = matrix.view();
   const Shares shares = shares_of(rows);
   const auto own = [&](int64_t share, int64_t section) {
@@ -154,7 +168,7 @@ void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x
       const Range some = all & Range{all.begin + begin - before, all.begin + end - before};
       before += all.size();
       if (!some.size()) continue;
-      kernels_->matmul(m, x.from(here.begin), here.size(), y.from(here.begin), some.begin, some.end,
+      kernels_->matmul(m, x.from(here.begin), here.size(), y.from(here.begin), some.begin, some.end, upcoming,
                        space(thread) + space_.matmul);
     }
   });
@@ -162,8 +176,9 @@ void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x
 
 // y = epilogue(norm(x) W^T + b) for `rows` rows of x; norm may be null. All threads call it and meet at its end.
 void Model::linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
-                   int64_t rows, const Output& y, int64_t sections) {
-  multiply(team, thread, matrix, prepare_rows(team, thread, matrix, x, stride, norm, rows), rows, y, sections);
+                   int64_t rows, const Output& y, Upcoming* upcoming, int64_t sections) {
+  const Rows prepared = prepare_rows(team, thread, matrix, x, stride, norm, rows);
+  multiply(team, thread, matrix, prepared, rows, y, upcoming, sections);
 }
 
 void Model::run_layers(Team& team, int thread, const Batch& b) {
@@ -172,21 +187,24 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
   for_rows(team, thread, rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) embed(b, row);
   });
+  Upcoming cache = cache_of(b, 0, thread);
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     const Block& block = blocks_[static_cast<size_t>(layer)];
     linear(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows,
-           {qkv_.floats(), qkv_width_, Epilogue::store}, /*sections=*/3);
+           {qkv_.floats(), qkv_width_, Epilogue::store}, &cache, /*sections=*/3);
     // All of it before any of it is read: a sequence may read a block that another one of this step fills.
     write_cache(team, thread, b, layer);
     attend(team, thread, b, layer);
-    linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add});
+    cache = cache_of(b, layer + 1, thread);
+    linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add},
+           &cache);
     linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,
-           {hidden_.floats(), hidden_stride_, config_.activation, hidden_bf16});
+           {hidden_.floats(), hidden_stride_, config_.activation, hidden_bf16}, &cache);
     const Output out{x_.floats(), width_, Epilogue::add};
     if (hidden_bf16) {
-      multiply(team, thread, block.fc2, {hidden_.data(), hidden_stride_ * 2, nullptr}, rows, out);
+      multiply(team, thread, block.fc2, {hidden_.data(), hidden_stride_ * 2, nullptr}, rows, out, &cache);
     } else {
-      linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows, out);
+      linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows, out, &cache);
     }
   }
 }

@@ -105,12 +105,14 @@ class Model {
   void write_cache(Team& team, int thread, const Batch& batch, int64_t layer);
   void attend(Team& team, int thread, const Batch& batch, int64_t layer);
   Attention attention(const Batch& batch, int64_t layer, const Unit& unit, int64_t head, int thread) const;
+  bool shares_cache(const Batch& batch) const { return static_cast<int64_t>(units_.size()) > batch.num_sequences; }
+  Upcoming cache_of(const Batch& batch, int64_t layer, int64_t share) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                     int64_t rows);
   void multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y,
-                int64_t sections = 1);
+                Upcoming* upcoming = nullptr, int64_t sections = 1);
   void linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
-              int64_t rows, const Output& y, int64_t sections = 1);
+              int64_t rows, const Output& y, Upcoming* upcoming = nullptr, int64_t sections = 1);
   void prepare_row(Storage form, int64_t k, const float* x, const Norm* norm, uint8_t* out, float* scale, float* scratch);
   void gather(Team& team, const int32_t* batch_rows, int64_t count);
   void run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count);
@@ -150,6 +152,8 @@ class Model {
   int64_t score_stride_ = 0;
   std::vector<Unit> units_;         // in the order of their rows
   std::vector<Range> share_units_;  // which of them are a share's
+  std::vector<int32_t> context_blocks_;  // of one sequence after the other
+  std::vector<int64_t> context_starts_;  // where a sequence's begin, and the end
   // Rows of the batch after which tokens are drawn: with all logits, each once, and by the screen, one for every draw.
   std::vector<int32_t> wanted_, screened_;
   std::vector<Screen::Draw> screened_draws_;

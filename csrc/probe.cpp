@@ -78,7 +78,8 @@ void linear_once(const std::string& isa, int threads, Storage storage, Epilogue 
   Buffer scratch(pool.size() * kernels.matmul_scratch * 4);
   pool.run([&](Team& team, int thread) {
     team.for_each(packed.view().num_panels, rows > 16 ? kernels.panel_group + 1 : 2, [&](int64_t begin, int64_t end) {
-      kernels.matmul(packed.view(), ready, rows, output, begin, end, scratch.floats() + thread * kernels.matmul_scratch);
+      kernels.matmul(packed.view(), ready, rows, output, begin, end, nullptr,
+                     scratch.floats() + thread * kernels.matmul_scratch);
     });
   });
   for (int64_t r = 0; r < rows; ++r) {

@@ -118,10 +118,14 @@ void Model::reserve(const Batch& b) {
   const int64_t head_rows = reserve_head(b);
   prepared_.reserve(std::max(rows, head_rows) * max_row_bytes_);
   scales_.reserve(std::max(rows, head_rows) * 4);
-  units_.clear();
+  units_.clear(), context_blocks_.clear(), context_starts_.assign(1, 0);
   int64_t most_blocks = 0;
   for (int64_t q = 0; q < b.num_sequences; ++q) {
-    most_blocks = std::max(most_blocks, ceil_div(b.context_lens[q], config_.block_size));
+    const int64_t blocks = ceil_div(b.context_lens[q], config_.block_size);
+    const int32_t* table = b.block_tables + q * b.table_width;
+    context_blocks_.insert(context_blocks_.end(), table, table + blocks);
+    context_starts_.push_back(static_cast<int64_t>(context_blocks_.size()));
+    most_blocks = std::max(most_blocks, blocks);
     for (int32_t first = b.query_starts[q]; first < b.query_starts[q + 1]; first += shape_.queries) {
       units_.push_back({static_cast<int32_t>(q), first, std::min(shape_.queries, b.query_starts[q + 1] - first)});
     }

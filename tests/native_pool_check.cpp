@@ -1,4 +1,5 @@
-// How a team of threads shares out work, without Python: every piece once, whoever runs it.
+// How a team of threads shares out work, without Python: every piece once, whoever runs it. And what a thread fetches: every
+// line once.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -113,6 +114,28 @@ int helped_phases() {
   return helped;
 }
 
+// Products of various lengths fetch every line of every block, in order, and next to nothing past a block.
+bool upcoming_lines(int64_t bytes) {
+  const std::vector<uint8_t> memory(16 * 4096);
+  const int32_t blocks[] = {3, 9, 0, 15};
+  native::Upcoming upcoming{memory.data(), 4096, bytes, blocks, 4};
+  std::vector<int64_t> lines;
+  for (int64_t rounds = 1; upcoming.count; rounds = rounds * 5 % 67) {
+    const native::Fetch fetch = upcoming.take(rounds);
+    for (int64_t i = 0; i < rounds; ++i) {
+      const int64_t at = fetch.from + i * fetch.step - memory.data(), past = at % 4096 - bytes;
+      if (past >= rounds) return false;
+      const int64_t line = at / native::kLineBytes;
+      if (past < 0 && (lines.empty() || line != lines.back())) lines.push_back(line);
+    }
+  }
+  std::vector<int64_t> wanted;
+  for (const int32_t block : blocks) {
+    for (int64_t at = 0; at < bytes; at += native::kLineBytes) wanted.push_back((block * 4096 + at) / native::kLineBytes);
+  }
+  return lines == wanted && !upcoming.take(1).from;
+}
+
 }  // namespace
 
 int main() {
@@ -127,6 +150,7 @@ int main() {
   for (const int threads : {1, 2, 3, 4}) expect(uneven_phases(threads), "and by uneven ones");
   expect(evenness(), "threads are uneven when they often wait long, and for a while");
   expect(helped_phases() > 10, "a slow thread is helped");
+  for (const int64_t bytes : {64, 128, 192, 1536, 3968}) expect(upcoming_lines(bytes), "what is read next is fetched once");
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
