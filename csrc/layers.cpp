@@ -60,32 +60,35 @@ void Model::write_cache(Team& team, int thread, const Batch& b, int64_t layer) {
 // head by head, so that neighbours read the same: units 0, 1, 2... of a head, then of the next. Else as K and V lie in the
 // blocks: heads 0, 1, 2... of a unit, then of the next.
 void Model::attend(Team& team, int thread, const Batch& b, int64_t layer) {
-  const Shares shares = shares_of(b.num_tokens);
-  const bool by_head = shares_cache(b);
-  const auto units = [&](int64_t share) { return share_units_[static_cast<size_t>(share)]; };
+  const Queries& queries = queries_of(layer);
+  const Shares shares = shares_of(queries.rows);
+  const auto units = [&](int64_t share) { return queries.share_units[static_cast<size_t>(share)]; };
   const auto heads = [&](int64_t share) { return shares.part_of({0, config_.n_heads}, share); };
   const auto pieces = [&](int64_t share) { return units(share).size() * heads(share).size(); };
   team.for_each_share(thread, shares.count(), kAttentionGrain, pieces, [&](int64_t share, int64_t begin, int64_t end) {
     const Range unit = units(share), head = heads(share);
-    const int64_t inner = by_head ? unit.size() : head.size();
+    const int64_t inner = queries.together ? unit.size() : head.size();
     Attention items[kAttentionGrain];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t slow = i / inner, fast = i % inner;
-      items[i - begin] = attention(b, layer, units_[static_cast<size_t>(unit.begin + (by_head ? fast : slow))],
-                                   head.begin + (by_head ? slow : fast), thread);
+      const int64_t number = unit.begin + (queries.together ? fast : slow);
+      items[i - begin] = attention(b, layer, queries.units[static_cast<size_t>(number)],
+                                   head.begin + (queries.together ? slow : fast), thread);
     }
     kernels_->attention(shape_, items, end - begin);
   });
 }
 
 // The K and V that a share's attention will read, unless it reads them often: then fetching them before saves little.
-Upcoming Model::cache_of(const Batch& b, int64_t layer, int64_t share) const {
-  const Shares shares = shares_of(b.num_tokens);
-  if (layer == config_.n_layers || share >= shares.count() || shares_cache(b)) return {};
-  const Range units = share_units_[static_cast<size_t>(share)], heads = shares.part_of({0, config_.n_heads}, share);
+Upcoming Model::cache_of(int64_t layer, int64_t share) const {
+  if (layer == config_.n_layers) return {};
+  const Queries& queries = queries_of(layer);
+  const Shares shares = shares_of(queries.rows);
+  if (share >= shares.count() || queries.together) return {};
+  const Range units = queries.share_units[static_cast<size_t>(share)], heads = shares.part_of({0, config_.n_heads}, share);
   if (!units.size() || !heads.size()) return {};
   const auto start = [&](int64_t sequence) { return context_starts_[static_cast<size_t>(sequence)]; };
-  const auto sequence = [&](int64_t unit) { return units_[static_cast<size_t>(unit)].sequence; };
+  const auto sequence = [&](int64_t unit) { return queries.units[static_cast<size_t>(unit)].sequence; };
   const int64_t first = start(sequence(units.begin)), end = start(sequence(units.end - 1) + 1);
   const int64_t offset = shape_.keys_of(heads.begin);
   return {cache_block(layer, 0) + offset, shape_.block_bytes(), shape_.keys_of(heads.end) - offset,
@@ -98,7 +101,7 @@ Attention Model::attention(const Batch& b, int64_t layer, const Unit& unit, int6
   a.q = qkv_.floats() + unit.first * qkv_width_ + head * dim;
   a.q_stride = qkv_width_;
   a.count = unit.count;
-  a.positions = b.positions + unit.first;
+  a.positions = queries_of(layer).positions + unit.first;
   a.table = b.block_tables + unit.sequence * b.table_width;
   a.cache = cache_block(layer, 0);
   a.k_offset = shape_.keys_of(head);
@@ -181,21 +184,47 @@ void Model::linear(Team& team, int thread, const Packed& matrix, const float* x,
   multiply(team, thread, matrix, prepared, rows, y, upcoming, sections);
 }
 
+// The rows of the last layer, side by side at the beginning of x_ and, their queries, of qkv_.
+void Model::keep_last_rows(Team& team) {
+  team.for_each(1, 1, [&](int64_t, int64_t) {
+    for (int64_t i = 0; i < last_.rows; ++i) {
+      const int64_t row = last_rows_[static_cast<size_t>(i)];
+      std::memmove(x_.floats() + i * width_, x_.floats() + row * width_, static_cast<size_t>(width_) * 4);
+      std::memmove(qkv_.floats() + i * qkv_width_, qkv_.floats() + row * qkv_width_, static_cast<size_t>(width_) * 4);
+    }
+  });
+}
+
+// And back to their places in x_.
+void Model::return_last_rows(Team& team) {
+  team.for_each(1, 1, [&](int64_t, int64_t) {
+    for (int64_t i = last_.rows - 1; i >= 0; --i) {
+      const int64_t row = last_rows_[static_cast<size_t>(i)];
+      std::memmove(x_.floats() + row * width_, x_.floats() + i * width_, static_cast<size_t>(width_) * 4);
+    }
+  });
+}
+
 void Model::run_layers(Team& team, int thread, const Batch& b) {
-  const int64_t rows = b.num_tokens;
+  int64_t rows = b.num_tokens;
   uint16_t* hidden_bf16 = hidden_is_bf16_ ? reinterpret_cast<uint16_t*>(hidden_.data()) : nullptr;
   for_rows(team, thread, rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) embed(b, row);
   });
-  Upcoming cache = cache_of(b, 0, thread);
+  Upcoming cache = cache_of(0, thread);
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     const Block& block = blocks_[static_cast<size_t>(layer)];
     linear(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows,
            {qkv_.floats(), qkv_width_, Epilogue::store}, &cache, /*sections=*/3);
     // All of it before any of it is read: a sequence may read a block that another one of this step fills.
     write_cache(team, thread, b, layer);
+    if (queries_of(layer).rows < rows) {
+      keep_last_rows(team);
+      rows = last_.rows;
+      if (!rows) return;
+    }
     attend(team, thread, b, layer);
-    cache = cache_of(b, layer + 1, thread);
+    cache = cache_of(layer + 1, thread);
     linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add},
            &cache);
     linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,
@@ -207,6 +236,7 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
       linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows, out, &cache);
     }
   }
+  if (rows < b.num_tokens) return_last_rows(team);
 }
 
 }  // namespace native

@@ -118,7 +118,7 @@ void Model::reserve(const Batch& b) {
   const int64_t head_rows = reserve_head(b);
   prepared_.reserve(std::max(rows, head_rows) * max_row_bytes_);
   scales_.reserve(std::max(rows, head_rows) * 4);
-  units_.clear(), context_blocks_.clear(), context_starts_.assign(1, 0);
+  context_blocks_.clear(), context_starts_.assign(1, 0);
   int64_t most_blocks = 0;
   for (int64_t q = 0; q < b.num_sequences; ++q) {
     const int64_t blocks = ceil_div(b.context_lens[q], config_.block_size);
@@ -126,20 +126,9 @@ void Model::reserve(const Batch& b) {
     context_blocks_.insert(context_blocks_.end(), table, table + blocks);
     context_starts_.push_back(static_cast<int64_t>(context_blocks_.size()));
     most_blocks = std::max(most_blocks, blocks);
-    for (int32_t first = b.query_starts[q]; first < b.query_starts[q + 1]; first += shape_.queries) {
-      units_.push_back({static_cast<int32_t>(q), first, std::min(shape_.queries, b.query_starts[q + 1] - first)});
-    }
   }
-  const Shares shares = shares_of(rows);
-  share_units_.clear();
-  for (int64_t share = 0; share < shares.count(); ++share) {
-    const auto first_from = [&](int64_t row) {
-      const auto before = [](const Unit& unit, int64_t bound) { return unit.first < bound; };
-      return std::lower_bound(units_.begin(), units_.end(), row, before) - units_.begin();
-    };
-    const Range here = shares.rows(share);
-    share_units_.push_back({first_from(here.begin), first_from(here.end)});
-  }
+  plan(all_, b.positions, b.query_starts, b.num_sequences);
+  plan_last_layer(b);
   // An odd number of lines, so that rows do not meet in a few sets of the caches.
   score_stride_ = (most_blocks * shape_.block_lanes / kLanes | 1) * kLanes;
   space_.matmul = 0;
@@ -149,6 +138,44 @@ void Model::reserve(const Batch& b) {
   space_.attention = round_up(space_.scales + kPrivateRows, kLanes);
   space_.size = round_up(space_.attention + kernels_->attention_scratch(shape_, score_stride_), 1024);
   thread_space_.reserve(threads * space_.size * 4);
+}
+
+// Who attends to which of the queries: row starts[q] is the first of sequence q, starts[sequences] the end.
+void Model::plan(Queries& queries, const int32_t* positions, const int32_t* starts, int64_t sequences) const {
+  queries.rows = starts[sequences];
+  queries.positions = positions;
+  queries.units.clear(), queries.share_units.clear();
+  queries.together = false;
+  for (int64_t q = 0; q < sequences; ++q) {
+    for (int32_t first = starts[q]; first < starts[q + 1]; first += shape_.queries) {
+      queries.units.push_back({static_cast<int32_t>(q), first, std::min(shape_.queries, starts[q + 1] - first)});
+    }
+    queries.together = queries.together || starts[q + 1] - starts[q] > shape_.queries;
+  }
+  const Shares shares = shares_of(queries.rows);
+  for (int64_t share = 0; share < shares.count(); ++share) {
+    const auto first_from = [&](int64_t row) {
+      const auto before = [](const Unit& unit, int64_t bound) { return unit.first < bound; };
+      return std::lower_bound(queries.units.begin(), queries.units.end(), row, before) - queries.units.begin();
+    };
+    const Range here = shares.rows(share);
+    queries.share_units.push_back({first_from(here.begin), first_from(here.end)});
+  }
+}
+
+// Of the last layer nothing but K and V is wanted of the rows that have neither logits nor a draw.
+void Model::plan_last_layer(const Batch& b) {
+  last_rows_.assign(b.logits_rows, b.logits_rows + b.num_logits);
+  last_rows_.insert(last_rows_.end(), b.sampling.draw_rows, b.sampling.draw_rows + b.sampling.num_rows);
+  std::sort(last_rows_.begin(), last_rows_.end());
+  last_rows_.erase(std::unique(last_rows_.begin(), last_rows_.end()), last_rows_.end());
+  last_positions_.clear(), last_starts_.clear();
+  for (const int32_t row : last_rows_) last_positions_.push_back(b.positions[row]);
+  for (int64_t q = 0; q <= b.num_sequences; ++q) {
+    const auto first = std::lower_bound(last_rows_.begin(), last_rows_.end(), b.query_starts[q]);
+    last_starts_.push_back(static_cast<int32_t>(first - last_rows_.begin()));
+  }
+  plan(last_, last_positions_.data(), last_starts_.data(), b.num_sequences);
 }
 
 void Model::copy_blocks(const Batch& b) {
