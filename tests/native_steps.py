@@ -43,12 +43,14 @@ def table(row: int) -> list[int]:
 
 def batch(
     parts: list[tuple[int, int, list[int]]],
-    logits: str = "all",
+    logits: str | list[int] = "all",
     sampling: SamplingBatch | None = None,
     draw_rows: list[int] | None = None,
     block: int = BLOCK,
 ) -> Batch:
-    """A step of ``parts``, (sequence row, first position, ids) each, with logits of "all", the "last" or "none"."""
+    """A step of ``parts``, (sequence row, first position, ids) each.
+
+    With logits of "all" rows, the "last" ones, "none" or those of a list."""
     ids, positions, slots, starts, lengths = [], [], [], [0], []
     for row, first, tokens in parts:
         where = np.arange(first, first + len(tokens))
@@ -57,7 +59,8 @@ def batch(
         slots.extend(np.array(table(row))[where // block] * block + where % block)
         starts.append(starts[-1] + len(tokens))
         lengths.append(first + len(tokens))
-    rows = {"all": range(starts[-1]), "last": [end - 1 for end in starts[1:]], "none": []}[logits]
+    named = {"all": list(range(starts[-1])), "last": [end - 1 for end in starts[1:]], "none": []}
+    rows = named[logits] if isinstance(logits, str) else logits
     return Batch(
         token_ids=np.array(ids, np.int32),
         positions=np.array(positions, np.int32),
@@ -66,13 +69,13 @@ def batch(
         context_lens=np.array(lengths, np.int32),
         block_tables=np.array([table(row) for row, _, _ in parts], np.int32),
         draw_rows=np.array(draw_rows or [], np.int32),
-        logits_rows=np.array(list(rows), np.int32),
+        logits_rows=np.array(rows, np.int32),
         sampling=sampling,
     )
 
 
 def logits_of(
-    backend: NativeBackend, parts: list[tuple[int, int, list[int]]], logits: str = "all", block: int = BLOCK
+    backend: NativeBackend, parts: list[tuple[int, int, list[int]]], logits: str | list[int] = "all", block: int = BLOCK
 ) -> torch.Tensor:
     found = backend.collect(backend.submit(batch(parts, logits, block=block))).logits
     assert found is not None

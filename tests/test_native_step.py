@@ -96,6 +96,31 @@ def test_many_rows_are_those_of_each_sequence(dtype: str) -> None:
         assert torch.equal(logits_of(make(config, dtype, threads=threads), prompts), wanted), threads
 
 
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 9, 4), (60, 1, 33, 63, 60, 61)], ids=["decode", "few", "many"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_which_nothing_is_wanted(dtype: str, lengths: tuple[int, ...]) -> None:
+    """They end in the last layer with their K and V; the others, in whatever order, keep their bits."""
+    config = CONFIGS["head_dim_20"]
+    ids = [ids_of(60 + row, length + 1, config) for row, length in enumerate(lengths)]
+    parts = [(row, 0, tokens[:-1]) for row, tokens in enumerate(ids)]
+    following = [(row, len(tokens) - 1, tokens[-1:]) for row, tokens in enumerate(ids)]
+    whole = make(config, dtype)
+    wanted = logits_of(whole, parts)
+    after = logits_of(whole, following)
+    total = sum(lengths)
+    some = np.random.default_rng(total).integers(total, size=7).tolist()  # twice the same one, too
+    for threads, rows in [(1, some), (2, some), (3, some), (2, [0]), (2, [total - 1]), (2, [])]:
+        backend = make(config, dtype, threads)
+        found = backend.collect(backend.submit(batch(parts, rows))).logits
+        assert found is None if not rows else torch.equal(found, wanted[rows])
+        assert torch.equal(logits_of(backend, following), after)
+    drawn, both = [total - 1, 0, total // 2], make(config, dtype)  # and draws besides logits
+    result = both.collect(both.submit(batch(parts, some, neutral(3, temperature=np.zeros(3, np.float32)), drawn)))
+    assert result.logits is not None
+    assert torch.equal(result.logits, wanted[some])
+    assert result.token_ids.tolist() == wanted[drawn].argmax(1).tolist()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("block", "head_dim"), [(16, 64), (24, 80), (40, 33), (64, 128), (150, 33)])
 def test_long_contexts_bit_for_bit(block: int, head_dim: int, dtype: str) -> None:
