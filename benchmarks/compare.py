@@ -138,6 +138,7 @@ def floor_seconds(
 ) -> float:
     """The least time of one step: every weight and cached value read once, or every product, whichever is more.
 
+    Of a prompt's rows but the last one, the last layer's products are those of K and V: nothing depends on others.
     Rates are bytes and products of ``dtype`` a second; with ``screen_rate``, of int8 products, the head is in int8.
     """
     width, hidden = config.embed_dim, config.hidden_dim
@@ -147,7 +148,9 @@ def floor_seconds(
     cached = case.seqs * (case.prompt + case.tokens / 2) * 2 * width * config.n_layers * max(2, ITEM_BYTES[dtype])
     head_bytes = head * ITEM_BYTES["int8" if screen_rate else dtype]
     read = config.n_layers * block * ITEM_BYTES[dtype] + head_bytes + (cached if case.tokens > 1 else 0)
-    products = rows * config.n_layers * block / mac_rate + case.seqs * head / (screen_rate or mac_rate)
+    keys_and_values = 2 * width * width
+    layers = rows * ((config.n_layers - 1) * block + keys_and_values) + case.seqs * (block - keys_and_values)
+    products = layers / mac_rate + case.seqs * head / (screen_rate or mac_rate)
     return max(read / read_rate, products)
 
 
