@@ -148,25 +148,24 @@ Rows Model::prepare_rows(Team& team, int thread, const Packed& matrix, const flo
   return {data, bytes, quantised(m.storage) ? scales : nullptr};
 }
 
-// y = epilogue(x W^T + b) for `rows` prepared rows; of `sections` matrices side by side, each shared out by itself. All
-// threads call it and meet at its end. `upcoming` is the thread's own, or null.
-void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y,
-                     Upcoming* upcoming, int64_t sections) {
-  const Matrix& m = matrix.view();
+// y = epilogue(x W^T + b) for `rows` prepared rows and some of the outputs. All threads call it and meet at its end.
+// `upcoming` is the thread's own, or null.
+void Model::multiply(Team& team, int thread, const Matrix& m, const Rows& x, int64_t rows, const Output& y,
+                     Upcoming* upcoming, const Sections& sections) {
   const Shares shares = shares_of(rows);
   const auto own = [&](int64_t share, int64_t section) {
-    return shares.part_of(Range{0, m.num_panels}.part(section, sections), share);
+    return shares.part_of(sections.panels.part(section, sections.count), share);
   };
   const auto panels = [&](int64_t share) {
     int64_t count = 0;
-    for (int64_t section = 0; section < sections; ++section) count += own(share, section).size();
+    for (int64_t section = 0; section < sections.count; ++section) count += own(share, section).size();
     return count;
   };
   // Few rows: long pieces, which stream best. Many rows: groups of panels, which use what they fetch of the rows.
   const int64_t most = rows > 16 ? kernels_->panel_group : m.num_panels;
   team.for_each_share(thread, shares.count(), most, panels, [&](int64_t share, int64_t begin, int64_t end) {
     const Range here = shares.rows(share);
-    for (int64_t section = 0, before = 0; section < sections; ++section) {
+    for (int64_t section = 0, before = 0; section < sections.count; ++section) {
       const Range all = own(share, section);
       const Range some = all & Range{all.begin + begin - before, all.begin + end - before};
       before += all.size();
@@ -177,20 +176,32 @@ void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x
   });
 }
 
-// y = epilogue(norm(x) W^T + b) for `rows` rows of x; norm may be null. All threads call it and meet at its end.
-void Model::linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
-                   int64_t rows, const Output& y, Upcoming* upcoming, int64_t sections) {
-  const Rows prepared = prepare_rows(team, thread, matrix, x, stride, norm, rows);
-  multiply(team, thread, matrix, prepared, rows, y, upcoming, sections);
+void Model::multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y,
+                     Upcoming* upcoming) {
+  const Matrix& m = matrix.view();
+  multiply(team, thread, m, x, rows, y, upcoming, {{0, m.num_panels}, 1});
 }
 
-// The rows of the last layer, side by side at the beginning of x_ and, their queries, of qkv_.
+// y = epilogue(norm(x) W^T + b) for `rows` rows of x; norm may be null. All threads call it and meet at its end.
+void Model::linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
+                   int64_t rows, const Output& y, Upcoming* upcoming) {
+  multiply(team, thread, matrix, prepare_rows(team, thread, matrix, x, stride, norm, rows), rows, y, upcoming);
+}
+
+// Some of Q, K and V of x_, to qkv_. All threads call it and meet at its end.
+void Model::project(Team& team, int thread, const Block& block, int64_t rows, Upcoming* upcoming,
+                    const Sections& sections) {
+  const Rows x = prepare_rows(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows);
+  const Output qkv{qkv_.floats(), qkv_width_, Epilogue::store};
+  multiply(team, thread, block.qkv.view(), x, rows, qkv, upcoming, sections);
+}
+
+// The rows of the last layer, side by side at the beginning of x_.
 void Model::keep_last_rows(Team& team) {
   team.for_each(1, 1, [&](int64_t, int64_t) {
     for (int64_t i = 0; i < last_.rows; ++i) {
       const int64_t row = last_rows_[static_cast<size_t>(i)];
       std::memmove(x_.floats() + i * width_, x_.floats() + row * width_, static_cast<size_t>(width_) * 4);
-      std::memmove(qkv_.floats() + i * qkv_width_, qkv_.floats() + row * qkv_width_, static_cast<size_t>(width_) * 4);
     }
   });
 }
@@ -211,17 +222,22 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
   for_rows(team, thread, rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) embed(b, row);
   });
+  // Outputs of Q, K and V. A panel may hold some of Q and some of K.
+  const int64_t panels = blocks_[0].qkv.view().num_panels, width = config_.embed_dim;
+  const Sections whole{{0, panels}, 3}, keys_and_values{{width / kernels_->panel, panels}, 2};
+  const Sections queries{{0, ceil_div(width, kernels_->panel)}, 1};
   Upcoming cache = cache_of(0, thread);
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     const Block& block = blocks_[static_cast<size_t>(layer)];
-    linear(team, thread, block.qkv, x_.floats(), width_, &block.norm1, rows,
-           {qkv_.floats(), qkv_width_, Epilogue::store}, &cache, /*sections=*/3);
+    const bool fewer = queries_of(layer).rows < rows;  // then K and V of all rows, and Q of those
+    project(team, thread, block, rows, &cache, fewer ? keys_and_values : whole);
     // All of it before any of it is read: a sequence may read a block that another one of this step fills.
     write_cache(team, thread, b, layer);
-    if (queries_of(layer).rows < rows) {
-      keep_last_rows(team);
+    if (fewer) {
       rows = last_.rows;
       if (!rows) return;
+      keep_last_rows(team);
+      project(team, thread, block, rows, &cache, queries);
     }
     attend(team, thread, b, layer);
     cache = cache_of(layer + 1, thread);

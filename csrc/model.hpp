@@ -123,10 +123,17 @@ class Model {
   Upcoming cache_of(int64_t layer, int64_t share) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                     int64_t rows);
+  struct Sections {  // panels of a matrix in `count` nearly equal parts, each shared out by itself
+    Range panels;
+    int64_t count;
+  };
+  void multiply(Team& team, int thread, const Matrix& matrix, const Rows& x, int64_t rows, const Output& y,
+                Upcoming* upcoming, const Sections& sections);
   void multiply(Team& team, int thread, const Packed& matrix, const Rows& x, int64_t rows, const Output& y,
-                Upcoming* upcoming = nullptr, int64_t sections = 1);
+                Upcoming* upcoming = nullptr);
   void linear(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
-              int64_t rows, const Output& y, Upcoming* upcoming = nullptr, int64_t sections = 1);
+              int64_t rows, const Output& y, Upcoming* upcoming = nullptr);
+  void project(Team& team, int thread, const Block& block, int64_t rows, Upcoming* upcoming, const Sections& sections);
   void prepare_row(Storage form, int64_t k, const float* x, const Norm* norm, uint8_t* out, float* scale, float* scratch);
   void gather(Team& team, const int32_t* batch_rows, int64_t count);
   void run_head_rows(Team& team, int thread, const int32_t* batch_rows, int64_t count);
