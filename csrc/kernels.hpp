@@ -73,7 +73,7 @@ struct Output {
 };
 
 // What a loop fetches meanwhile: a line from there, and with each of its rounds one `step` bytes further on.
-struct Fetch {
+struct Prefetch {
   const uint8_t* from;  // null: nothing
   int64_t step;
 };
@@ -88,7 +88,7 @@ struct Upcoming {
   int64_t fetched = 0;  // bytes of the first block
 
   // As many of the next lines as so many rounds fetch, but of one block: the last rounds may come to lines after it.
-  Fetch take(int64_t rounds) {
+  Prefetch take(int64_t rounds) {
     if (!count) return {nullptr, 0};
     const uint8_t* from = base + blocks[0] * stride + fetched;
     const int64_t left = bytes - fetched, taken = left < rounds * kLineBytes ? left : rounds * kLineBytes;

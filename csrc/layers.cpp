@@ -79,12 +79,14 @@ void Model::attend(Team& team, int thread, const Batch& b, int64_t layer) {
   });
 }
 
-// The K and V that a share's attention will read, unless it reads them often: then fetching them before saves little.
-Upcoming Model::cache_of(int64_t layer, int64_t share) const {
+// The K and V that a thread's share of a layer's attention will read, unless it reads them often: then fetching them before
+// saves little.
+Upcoming Model::cache_of(const Team& team, int thread, int64_t layer) const {
   if (layer == config_.n_layers) return {};
   const Queries& queries = queries_of(layer);
   const Shares shares = shares_of(queries.rows);
-  if (share >= shares.count() || queries.together) return {};
+  if (team.size() > Team::kMostShares || queries.together) return {};
+  const int64_t share = team.own_share(thread, shares.count());
   const Range units = queries.share_units[static_cast<size_t>(share)], heads = shares.part_of({0, config_.n_heads}, share);
   if (!units.size() || !heads.size()) return {};
   const auto start = [&](int64_t sequence) { return context_starts_[static_cast<size_t>(sequence)]; };
@@ -197,20 +199,20 @@ void Model::project(Team& team, int thread, const Block& block, int64_t rows, Up
 }
 
 // The rows of the last layer, side by side at the beginning of x_.
-void Model::keep_last_rows(Team& team) {
+void Model::keep_last_layer_rows(Team& team) {
   team.for_each(1, 1, [&](int64_t, int64_t) {
-    for (int64_t i = 0; i < last_.rows; ++i) {
-      const int64_t row = last_rows_[static_cast<size_t>(i)];
+    for (int64_t i = 0; i < last_layer_.rows; ++i) {
+      const int64_t row = last_layer_rows_[static_cast<size_t>(i)];
       std::memmove(x_.floats() + i * width_, x_.floats() + row * width_, static_cast<size_t>(width_) * 4);
     }
   });
 }
 
 // And back to their places in x_.
-void Model::return_last_rows(Team& team) {
+void Model::return_last_layer_rows(Team& team) {
   team.for_each(1, 1, [&](int64_t, int64_t) {
-    for (int64_t i = last_.rows - 1; i >= 0; --i) {
-      const int64_t row = last_rows_[static_cast<size_t>(i)];
+    for (int64_t i = last_layer_.rows - 1; i >= 0; --i) {
+      const int64_t row = last_layer_rows_[static_cast<size_t>(i)];
       std::memmove(x_.floats() + row * width_, x_.floats() + i * width_, static_cast<size_t>(width_) * 4);
     }
   });
@@ -225,8 +227,8 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
   // Outputs of Q, K and V. A panel may hold some of Q and some of K.
   const int64_t panels = blocks_[0].qkv.view().num_panels, width = config_.embed_dim;
   const Sections whole{{0, panels}, 3}, keys_and_values{{width / kernels_->panel, panels}, 2};
-  const Sections queries{{0, ceil_div(width, kernels_->panel)}, 1};
-  Upcoming cache = cache_of(0, thread);
+  const Sections only_queries{{0, ceil_div(width, kernels_->panel)}, 1};
+  Upcoming cache = cache_of(team, thread, 0);
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     const Block& block = blocks_[static_cast<size_t>(layer)];
     const bool fewer = queries_of(layer).rows < rows;  // then K and V of all rows, and Q of those
@@ -234,13 +236,13 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
     // All of it before any of it is read: a sequence may read a block that another one of this step fills.
     write_cache(team, thread, b, layer);
     if (fewer) {
-      rows = last_.rows;
-      if (!rows) return;
-      keep_last_rows(team);
-      project(team, thread, block, rows, &cache, queries);
+      rows = last_layer_.rows;
+      if (!rows) return;  // then there is nothing for the head either
+      keep_last_layer_rows(team);
+      project(team, thread, block, rows, &cache, only_queries);
     }
     attend(team, thread, b, layer);
-    cache = cache_of(layer + 1, thread);
+    cache = cache_of(team, thread, layer + 1);
     linear(team, thread, block.proj, attended_.floats(), width_, nullptr, rows, {x_.floats(), width_, Epilogue::add},
            &cache);
     linear(team, thread, block.fc, x_.floats(), width_, &block.norm2, rows,
@@ -252,7 +254,7 @@ void Model::run_layers(Team& team, int thread, const Batch& b) {
       linear(team, thread, block.fc2, hidden_.floats(), hidden_width_, nullptr, rows, out, &cache);
     }
   }
-  if (rows < b.num_tokens) return_last_rows(team);
+  if (rows < b.num_tokens) return_last_layer_rows(team);
 }
 
 }  // namespace native

@@ -95,7 +95,7 @@ class Model {
   // Rows that go through a layer together.
   struct Queries {
     int64_t rows = 0;
-    const int32_t* positions = nullptr;
+    const int32_t* positions = nullptr;  // during the step
     std::vector<Unit> units;         // in the order of their rows
     std::vector<Range> share_units;  // which of them are a share's
     bool together = false;           // several units read the same K and V
@@ -108,9 +108,9 @@ class Model {
   void plan_last_layer(const Batch& batch);
   void plan(Queries& queries, const int32_t* positions, const int32_t* starts, int64_t sequences) const;
   // All rows, or those of the last layer of which something is wanted.
-  const Queries& queries_of(int64_t layer) const { return layer + 1 == config_.n_layers ? last_ : all_; }
-  void keep_last_rows(Team& team);
-  void return_last_rows(Team& team);
+  const Queries& queries_of(int64_t layer) const { return layer + 1 == config_.n_layers ? last_layer_ : all_rows_; }
+  void keep_last_layer_rows(Team& team);
+  void return_last_layer_rows(Team& team);
   int64_t reserve_head(const Batch& batch);
   void copy_blocks(const Batch& batch);
   void embed(const Batch& batch, int64_t row);
@@ -120,7 +120,7 @@ class Model {
   void write_cache(Team& team, int thread, const Batch& batch, int64_t layer);
   void attend(Team& team, int thread, const Batch& batch, int64_t layer);
   Attention attention(const Batch& batch, int64_t layer, const Unit& unit, int64_t head, int thread) const;
-  Upcoming cache_of(int64_t layer, int64_t share) const;
+  Upcoming cache_of(const Team& team, int thread, int64_t layer) const;
   Rows prepare_rows(Team& team, int thread, const Packed& matrix, const float* x, int64_t stride, const Norm* norm,
                     int64_t rows);
   struct Sections {  // panels of a matrix in `count` nearly equal parts, each shared out by itself
@@ -171,8 +171,8 @@ class Model {
   } space_{};
   float* space(int thread) const { return thread_space_.floats() + thread * space_.size; }
   int64_t score_stride_ = 0;
-  Queries all_, last_;
-  std::vector<int32_t> last_rows_, last_positions_, last_starts_;  // of last_: its rows of the batch, a sequence's first
+  Queries all_rows_, last_layer_;
+  std::vector<int32_t> last_layer_rows_, last_layer_positions_, last_layer_starts_;  // of last_layer_: its rows of the batch, a sequence's first
   std::vector<int32_t> context_blocks_;  // of one sequence after the other
   std::vector<int64_t> context_starts_;  // where a sequence's begin, and the end
   // Rows of the batch after which tokens are drawn: with all logits, each once, and by the screen, one for every draw.

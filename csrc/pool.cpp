@@ -111,7 +111,7 @@ void Gate::advance() {
   }
 }
 
-void Team::barrier(int64_t shares) {
+void Team::barrier(int64_t shares, bool judged) {
   place.note();
   const uint32_t phase = gate_.value();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
@@ -124,7 +124,7 @@ void Team::barrier(int64_t shares) {
     if (waited_long) waited_long_.store(false, std::memory_order_relaxed);
     evenness_.judge(waited_long);
     gate_.advance();
-  } else if (gate_.wait_while(phase) > Evenness::kLongWait) {
+  } else if (gate_.wait_while(phase) > Evenness::kLongWait && judged) {
     waited_long_.store(true, std::memory_order_relaxed);
   }
 }

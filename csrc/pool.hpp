@@ -48,7 +48,8 @@ class Gate {
   std::condition_variable wake_;
 };
 
-// Whether the threads of a team are about equally fast: whether one seldom waits long for another.
+// Whether the threads of a team are about equally fast: whether one seldom waits long for another after a phase that could
+// have been one piece for each. (Where it could not they help each other, and in a long phase a long wait says little.)
 class Evenness {
  public:
   static constexpr std::chrono::microseconds kLongWait{10};  // several times what it costs a phase that threads help
@@ -79,6 +80,8 @@ class Team {
 
   Team(int size, std::atomic<int>& sleepers) : size_(size), gate_(sleepers) {}
   int size() const { return size_; }
+  // With which of `shares` shares a thread begins.
+  int64_t own_share(int thread, int64_t shares) const { return thread * shares / size_; }
 
   // Calls body(begin, end) for pieces of [0, count) on whichever thread is free, then waits for all threads. A piece is
   // half of a thread's share of what is left, so that nobody begins a long one at the end, and `most` at most. Which thread
@@ -95,8 +98,9 @@ class Team {
   // threads are even, and each has a share of its own, a share that can be one piece is one, and nobody else's.
   template <class Size, class Body>
   void for_each_share(int thread, int64_t shares, int64_t most, Size&& size, Body&& body) {
-    const int64_t own = thread * shares / size_, halves = std::max<int64_t>(2 * size_ / shares, 2);
+    const int64_t own = own_share(thread, shares), halves = std::max<int64_t>(2 * size_ / shares, 2);
     const bool alone = shares == size_ && evenness_.even();
+    const bool one_piece = size(own) <= most;
     for (int64_t i = 0; i < shares; ++i) {
       const int64_t share = (own + i) % shares, count = size(share);
       if (!alone || count > most) {
@@ -105,9 +109,9 @@ class Team {
         body(share, int64_t{0}, count);
       }
     }
-    barrier(shares);
+    barrier(shares, one_piece);
   }
-  void barrier(int64_t shares = 1);
+  void barrier(int64_t shares = 1, bool judged = false);
 
  private:
   struct alignas(64) Next {

@@ -127,7 +127,7 @@ void Model::reserve(const Batch& b) {
     context_starts_.push_back(static_cast<int64_t>(context_blocks_.size()));
     most_blocks = std::max(most_blocks, blocks);
   }
-  plan(all_, b.positions, b.query_starts, b.num_sequences);
+  plan(all_rows_, b.positions, b.query_starts, b.num_sequences);
   plan_last_layer(b);
   // An odd number of lines, so that rows do not meet in a few sets of the caches.
   score_stride_ = (most_blocks * shape_.block_lanes / kLanes | 1) * kLanes;
@@ -165,17 +165,17 @@ void Model::plan(Queries& queries, const int32_t* positions, const int32_t* star
 
 // Of the last layer nothing but K and V is wanted of the rows that have neither logits nor a draw.
 void Model::plan_last_layer(const Batch& b) {
-  last_rows_.assign(b.logits_rows, b.logits_rows + b.num_logits);
-  last_rows_.insert(last_rows_.end(), b.sampling.draw_rows, b.sampling.draw_rows + b.sampling.num_rows);
-  std::sort(last_rows_.begin(), last_rows_.end());
-  last_rows_.erase(std::unique(last_rows_.begin(), last_rows_.end()), last_rows_.end());
-  last_positions_.clear(), last_starts_.clear();
-  for (const int32_t row : last_rows_) last_positions_.push_back(b.positions[row]);
+  last_layer_rows_.assign(b.logits_rows, b.logits_rows + b.num_logits);
+  last_layer_rows_.insert(last_layer_rows_.end(), b.sampling.draw_rows, b.sampling.draw_rows + b.sampling.num_rows);
+  std::sort(last_layer_rows_.begin(), last_layer_rows_.end());
+  last_layer_rows_.erase(std::unique(last_layer_rows_.begin(), last_layer_rows_.end()), last_layer_rows_.end());
+  last_layer_positions_.clear(), last_layer_starts_.clear();
+  for (const int32_t row : last_layer_rows_) last_layer_positions_.push_back(b.positions[row]);
   for (int64_t q = 0; q <= b.num_sequences; ++q) {
-    const auto first = std::lower_bound(last_rows_.begin(), last_rows_.end(), b.query_starts[q]);
-    last_starts_.push_back(static_cast<int32_t>(first - last_rows_.begin()));
+    const auto first = std::lower_bound(last_layer_rows_.begin(), last_layer_rows_.end(), b.query_starts[q]);
+    last_layer_starts_.push_back(static_cast<int32_t>(first - last_layer_rows_.begin()));
   }
-  plan(last_, last_positions_.data(), last_starts_.data(), b.num_sequences);
+  plan(last_layer_, last_layer_positions_.data(), last_layer_starts_.data(), b.num_sequences);
 }
 
 void Model::copy_blocks(const Batch& b) {

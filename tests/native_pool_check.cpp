@@ -121,7 +121,7 @@ bool upcoming_lines(int64_t bytes) {
   native::Upcoming upcoming{memory.data(), 4096, bytes, blocks, 4};
   std::vector<int64_t> lines;
   for (int64_t rounds = 1; upcoming.count; rounds = rounds * 5 % 67) {
-    const native::Fetch fetch = upcoming.take(rounds);
+    const native::Prefetch fetch = upcoming.take(rounds);
     for (int64_t i = 0; i < rounds; ++i) {
       const int64_t at = fetch.from + i * fetch.step - memory.data(), past = at % 4096 - bytes;
       if (past >= rounds) return false;

@@ -144,6 +144,15 @@ def test_long_contexts_bit_for_bit(block: int, head_dim: int, dtype: str) -> Non
             start += size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_softmax_of_negative_scales(dtype: str) -> None:
+    """The largest score is no longer the one that weighs most."""
+    config = tiny_config(attn_scales=(-3.0, -3.0))
+    ids = ids_of(7, 60, config)
+    errors = logits_of(make(config, dtype), [(0, 0, ids)]) - reference(config, ids)
+    assert errors.abs().max() < {"float32": 1e-4, "bfloat16": 0.5}[dtype]  # and no NaN
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_softmax_to_the_base_e(dtype: str) -> None:
     """One token with a score of 3.5 ln 2 has as much weight as 128 with -3.5 ln 2, and the opposite V: nothing is left.
