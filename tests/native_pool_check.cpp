@@ -96,20 +96,34 @@ bool evenness() {
   return quiet > 100 && quiet < 300;
 }
 
-// Phases, of forty, in which a thread is helped whose four items take 300 us each.
+// Two threads, of which the first takes 300 us for an item, in a phase of `items` items each, four in a piece at most.
+// Returns whether this one helped.
+bool slow_phase(Team& team, int thread, int64_t items) {
+  bool foreign = false;
+  team.for_each_share(thread, 2, 4, [=](int64_t) { return items; }, [&](int64_t share, int64_t begin, int64_t end) {
+    if (share != thread) foreign = true;
+    if (share == 0) sleep_us(static_cast<int>(end - begin) * 300);
+  });
+  return foreign;
+}
+
+// Phases, of forty, in which a slow thread is helped with what could have been one piece.
 int helped_phases() {
   Pool pool(2);
   std::atomic<int> helped{0};
   pool.run([&](Team& team, int thread) {
-    for (int phase = 0; phase < 40; ++phase) {
-      std::atomic<bool> foreign{false};
-      const auto four = [](int64_t) { return int64_t{4}; };
-      team.for_each_share(thread, 2, 4, four, [&](int64_t share, int64_t begin, int64_t end) {
-        if (share != thread) foreign = true;
-        if (share == 0) sleep_us(static_cast<int>(end - begin) * 300);
-      });
-      helped += foreign;
-    }
+    for (int phase = 0; phase < 40; ++phase) helped += slow_phase(team, thread, 4);
+  });
+  return helped;
+}
+
+// Whether it is after forty phases of several pieces, which say nothing of the threads.
+bool helped_after_pieces() {
+  Pool pool(2);
+  std::atomic<bool> helped{false};
+  pool.run([&](Team& team, int thread) {
+    for (int phase = 0; phase < 40; ++phase) slow_phase(team, thread, 9);
+    if (slow_phase(team, thread, 4)) helped = true;
   });
   return helped;
 }
@@ -150,6 +164,7 @@ int main() {
   for (const int threads : {1, 2, 3, 4}) expect(uneven_phases(threads), "and by uneven ones");
   expect(evenness(), "threads are uneven when they often wait long, and for a while");
   expect(helped_phases() > 10, "a slow thread is helped");
+  expect(!helped_after_pieces(), "but not because phases of several pieces ended unevenly");
   for (const int64_t bytes : {64, 128, 192, 1536, 3968}) expect(upcoming_lines(bytes), "what is read next is fetched once");
   std::printf("%d failures\n", failures);
   return failures != 0;
