@@ -96,8 +96,7 @@ Model::Model(Config config)
 
 // From one prepared row of k values to the next: an odd number of cache lines, so that rows do not meet in a few sets.
 int64_t Model::prepared_bytes(Storage storage, int64_t k) const {
-  constexpr int64_t kLine = 64;
-  return (round_up(kernels_->row_bytes(storage, k), kLine) / kLine | 1) * kLine;
+  return (round_up(kernels_->row_bytes(storage, k), kLineBytes) / kLineBytes | 1) * kLineBytes;
 }
 
 void Model::update(const std::vector<Tensor>& tensors) {

@@ -108,7 +108,9 @@ class Model {
   void plan_last_layer(const Batch& batch);
   void plan(Queries& queries, const int32_t* positions, const int32_t* starts, int64_t sequences) const;
   // All rows, or those of the last layer of which something is wanted.
-  const Queries& queries_of(int64_t layer) const { return layer + 1 == config_.n_layers ? last_layer_ : all_rows_; }
+  const Queries& queries_of(int64_t layer) const {
+    return layer + 1 == config_.n_layers && last_layer_.rows < all_rows_.rows ? last_layer_ : all_rows_;
+  }
   void keep_last_layer_rows(Team& team);
   void return_last_layer_rows(Team& team);
   int64_t reserve_head(const Batch& batch);
@@ -171,8 +173,9 @@ class Model {
   } space_{};
   float* space(int thread) const { return thread_space_.floats() + thread * space_.size; }
   int64_t score_stride_ = 0;
-  Queries all_rows_, last_layer_;
-  std::vector<int32_t> last_layer_rows_, last_layer_positions_, last_layer_starts_;  // of last_layer_: its rows of the batch, a sequence's first
+  Queries all_rows_, last_layer_;  // the second only where it has fewer rows
+  std::vector<int32_t> last_layer_rows_, last_layer_positions_;  // of last_layer_: its rows' numbers in the batch
+  std::vector<int32_t> last_layer_starts_;                       // and where in them a sequence begins
   std::vector<int32_t> context_blocks_;  // of one sequence after the other
   std::vector<int64_t> context_starts_;  // where a sequence's begin, and the end
   // Rows of the batch after which tokens are drawn: with all logits, each once, and by the screen, one for every draw.

@@ -111,6 +111,7 @@ class Team {
     }
     barrier(shares, one_piece);
   }
+  // Waits for all threads. `judged`: how long this one waits says whether they are even.
   void barrier(int64_t shares = 1, bool judged = false);
 
  private:

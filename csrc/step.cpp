@@ -169,6 +169,8 @@ void Model::plan_last_layer(const Batch& b) {
   last_layer_rows_.insert(last_layer_rows_.end(), b.sampling.draw_rows, b.sampling.draw_rows + b.sampling.num_rows);
   std::sort(last_layer_rows_.begin(), last_layer_rows_.end());
   last_layer_rows_.erase(std::unique(last_layer_rows_.begin(), last_layer_rows_.end()), last_layer_rows_.end());
+  last_layer_.rows = static_cast<int64_t>(last_layer_rows_.size());
+  if (last_layer_.rows == all_rows_.rows) return;
   last_layer_positions_.clear(), last_layer_starts_.clear();
   for (const int32_t row : last_layer_rows_) last_layer_positions_.push_back(b.positions[row]);
   for (int64_t q = 0; q <= b.num_sequences; ++q) {
