@@ -34,13 +34,30 @@ inline int64_t k_per_lane(Storage storage) {
   }
 }
 
+constexpr int64_t kCodedGroup = 8;  // k that are coded together
+// Of a panel, at most. Of normally distributed weights one in 7,000 is one; with many, decoding takes longer than reading.
+inline int64_t most_exceptions(int64_t weights) { return 8 + weights / 1024; }
+struct Exception {  // a weight of which the exponent has no code in its panel
+  int32_t k;
+  uint16_t lane, weight;  // its output in the panel, and itself in bf16
+};
+
+template <class T>
+struct Span {
+  const T *first, *last;
+  const T* begin() const { return first; }
+  const T* end() const { return last; }
+};
+
 // A weight matrix [n, k] packed for streaming. A panel is `panel` consecutive outputs. Within a panel, for every step of
 // k_per_lane values of k there is one 32-bit lane per output: one float, two bf16 (even k in the low half), four s8 (in
 // the order Kernels::s8_order), or eight nibbles (k 0..3 in the low, 4..7 in the high halves of the bytes, value + 8).
 // s4 has, before every group of k, one signed byte per output, padded to Kernels::multiplier_bytes: the group's weights
 // are (nibble - 8) times it, which are s8, times the output's scale. Outputs past n and values past k are 0.
+// A `coded` matrix has bf16 in twelve bits (coded.inc).
 struct Matrix {
   Storage storage;
+  bool coded;
   int64_t n, k;
   int64_t num_panels;
   int64_t steps;  // of a panel, padded to Kernels::step_multiple; for s4 one step is one group
@@ -49,6 +66,15 @@ struct Matrix {
   const float* bias;     // [num_panels * panel], or null
   const float* scale;    // of integers: [num_panels * panel]
   const int32_t* sums;   // of integers: [num_panels * panel], the sum of an output's weights
+  // Of a coded matrix, for every panel: how many weights are exceptions, and those, by k, with room for as many as may be.
+  const int32_t* exception_counts;
+  const Exception* exceptions;
+  int64_t most_exceptions;
+
+  Span<Exception> exceptions_of(int64_t panel) const {
+    const Exception* first = exceptions + panel * most_exceptions;
+    return {first, first + exception_counts[panel]};
+  }
 };
 
 // Activations in the form that a matrix of some storage multiplies (Kernels::prepare makes it).
@@ -179,6 +205,13 @@ struct Kernels {
   // set.
   float (*quantise_nibbles)(const float* x, int64_t k, int64_t group, float* extremes, uint32_t* words,
                             int8_t* multipliers);
+
+  // bf16 weights that take twelve bits, or null: bytes of a panel; a panel of weights [panel, k], k a multiple of 8, to its
+  // coded form, with the exceptions (returns how many there are, or -1 for more than `most`); and the k weights of one of
+  // its outputs, zeros for the exceptions.
+  int64_t (*coded_panel_bytes)(int64_t k);
+  int32_t (*code_panel)(const uint16_t* weights, int64_t k, int64_t most, uint8_t* panel, Exception* exceptions);
+  void (*decode_output)(const uint8_t* panel, int64_t lane, int64_t k, float* out);
 
   // y = epilogue(x W^T + bias) for panels [begin, end). scratch: matmul_scratch floats. `upcoming` may be null.
   void (*matmul)(const Matrix& w, const Rows& x, int64_t rows, const Output& y, int64_t begin, int64_t end,

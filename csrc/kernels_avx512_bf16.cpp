@@ -11,6 +11,7 @@ namespace avx512_bf16 {
 #define NATIVE_X86_VECTORS 1
 #define HAVE_DOT_BF16 1
 #define HAVE_DOT_BYTES 1
+#define HAVE_CODED 1
 #include "vec_avx512.inc"
 #define ISA_NAME "avx512_bf16"
 #include "kernels.inc"

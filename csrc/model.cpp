@@ -149,6 +149,14 @@ void Model::allocate(int64_t num_blocks) {
 
 int64_t Model::block_bytes() const { return config_.n_layers * shape_.block_bytes(); }
 
+bool Model::coded() const {
+  bool all = head_.view().coded;
+  for (const Block& block : blocks_) {
+    for (const Packed* matrix : {&block.qkv, &block.proj, &block.fc, &block.fc2}) all = all && matrix->view().coded;
+  }
+  return all;
+}
+
 int64_t Model::weight_bytes() const {
   int64_t total = tok_emb_.bytes() + pos_emb_.bytes() + head_.bytes() + screen_.bytes();
   for (const Block& block : blocks_) {

@@ -194,6 +194,7 @@ class PyModel {
   }
 
   int64_t block_bytes() const { return model_.block_bytes(); }
+  bool coded() const { return model_.coded(); }
   int64_t weight_bytes() const { return model_.weight_bytes(); }
   std::string isa() const { return model_.isa(); }
   int threads() const { return model_.threads(); }
@@ -254,6 +255,7 @@ PYBIND11_MODULE(_native, m) {
       .def("allocate", &PyModel::allocate)
       .def("run", &PyModel::run)
       .def_property_readonly("block_bytes", &PyModel::block_bytes)
+      .def_property_readonly("coded", &PyModel::coded)
       .def_property_readonly("weight_bytes", &PyModel::weight_bytes)
       .def_property_readonly("isa", &PyModel::isa)
       .def_property_readonly("threads", &PyModel::threads)

@@ -49,8 +49,8 @@ Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
   // Of a step: lanes of 32 bits, or multipliers and lanes of eight nibbles.
   view_.panel_bytes = view_.steps * (group ? kernels.multiplier_bytes + panel_ * group / 2 : panel_ * 4);
   const int64_t outputs = view_.num_panels * panel_;
-  data_ = Buffer(view_.num_panels * view_.panel_bytes);
-  view_.data = data_.data();
+  can_code_ = storage == Storage::bf16 && kernels.code_panel && kernels.coded_panel_bytes(k) < view_.panel_bytes;
+  make_room(can_code_);
   if (quantised(storage)) {
     scale_ = Buffer(outputs * 4);
     sums_ = Buffer(outputs * 4);
@@ -59,11 +59,62 @@ Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
   }
 }
 
+// For the panels, as they are or coded.
+void Packed::make_room(bool coded) {
+  data_ = Buffer(), exceptions_ = Buffer(), exception_counts_ = Buffer();  // the old ones go before the new ones come
+  view_.coded = coded;
+  if (view_.storage == Storage::bf16) {
+    view_.steps = coded ? ceil_div(view_.k, kCodedGroup) * kCodedGroup / 2
+                        : round_up(ceil_div(view_.k, 2), kernels_->step_multiple);
+    view_.panel_bytes = coded ? kernels_->coded_panel_bytes(view_.k) : view_.steps * panel_ * 4;
+  }
+  data_ = Buffer(view_.num_panels * view_.panel_bytes);
+  view_.data = data_.data();
+  if (!coded) return;
+  view_.most_exceptions = most_exceptions(view_.k * panel_);
+  exceptions_ = Buffer(view_.num_panels * view_.most_exceptions * static_cast<int64_t>(sizeof(Exception)));
+  exception_counts_ = Buffer(view_.num_panels * 4);
+  view_.exceptions = reinterpret_cast<const Exception*>(exceptions_.data());
+  view_.exception_counts = reinterpret_cast<const int32_t*>(exception_counts_.data());
+}
+
+// Whether the panels could be coded, and now are.
+bool Packed::code(const Tensor& weight, Pool& pool) {
+  const int64_t stride = round_up(view_.k, kCodedGroup);
+  std::vector<uint16_t> weights(static_cast<size_t>(panel_ * stride * pool.size()));
+  std::vector<float> rows(static_cast<size_t>(view_.k * pool.size()));
+  auto* exceptions = reinterpret_cast<Exception*>(exceptions_.data());
+  auto* counts = reinterpret_cast<int32_t*>(exception_counts_.data());
+  pool.run([&](Team& team, int thread) {
+    uint16_t* own = weights.data() + thread * panel_ * stride;
+    float* row = rows.data() + thread * view_.k;
+    team.for_each(view_.num_panels, 1, [&](int64_t panel, int64_t) {
+      for (int64_t lane = 0; lane < panel_; ++lane) {
+        uint16_t* out = own + lane * stride;
+        const int64_t output = panel * panel_ + lane, columns = output < view_.n ? view_.k : 0;
+        if (columns) read_row(weight, output, row);
+        for (int64_t k = 0; k < columns; ++k) out[k] = float_to_bf16(row[k]);
+        std::fill(out + columns, out + stride, uint16_t{0});
+      }
+      Exception* first = exceptions + panel * view_.most_exceptions;
+      uint8_t* out = data_.data() + panel * view_.panel_bytes;
+      const int32_t count = counts[panel] = kernels_->code_panel(own, stride, view_.most_exceptions, out, first);
+      std::sort(first, first + std::max(count, 0), [](const Exception& a, const Exception& b) { return a.k < b.k; });
+    });
+  });
+  return *std::min_element(counts, counts + view_.num_panels) >= 0;
+}
+
 void Packed::fill(const Tensor& weight, const Tensor* bias, Pool& pool) {
   if (bias) {
     if (!bias_.bytes()) bias_ = Buffer(view_.num_panels * panel_ * 4);
     read_row(*bias, 0, bias_.floats());
     view_.bias = bias_.floats();
+  }
+  if (can_code_) {
+    can_code_ = code(weight, pool);
+    if (can_code_) return;
+    make_room(false);
   }
   const int64_t width = round_up(std::max(view_.k, view_.steps * k_per_lane(view_.storage)), kMaxGroup);
   const int64_t room = width + width / 4;  // a row of floats, then what it is quantised to
@@ -144,6 +195,14 @@ void Packed::quantise_s4(int64_t output, const float* row, uint32_t* words) {
 }
 
 void Packed::unpack(int64_t output, float* out) const {
+  if (view_.coded) {
+    const int64_t panel = output / panel_, lane = output % panel_;
+    kernels_->decode_output(view_.data + panel * view_.panel_bytes, lane, view_.k, out);
+    for (const Exception& e : view_.exceptions_of(panel)) {
+      if (e.lane == lane) out[e.k] = bf16_to_float(e.weight);
+    }
+    return;
+  }
   const uint8_t* lane = view_.data + output / panel_ * view_.panel_bytes + output % panel_ * 4;
   const int64_t step = panel_ * 4;
   for (int64_t k = 0; k < view_.k; ++k) {

@@ -36,9 +36,13 @@ class Packed {
   void unpack(int64_t output, float* out) const;
 
   const Matrix& view() const { return view_; }
-  int64_t bytes() const { return data_.bytes() + bias_.bytes() + scale_.bytes() + sums_.bytes(); }
+  int64_t bytes() const {
+    return data_.bytes() + bias_.bytes() + scale_.bytes() + sums_.bytes() + exceptions_.bytes() + exception_counts_.bytes();
+  }
 
  private:
+  void make_room(bool coded);
+  bool code(const Tensor& weight, Pool& pool);
   void fill_panel(const Tensor& weight, int64_t panel, float* row, uint32_t* words);
   void quantise_s8(int64_t output, const float* row, uint8_t* lane);
   void quantise_s4(int64_t output, const float* row, uint32_t* words);
@@ -46,7 +50,8 @@ class Packed {
   Matrix view_{};
   int64_t panel_ = 0;
   const Kernels* kernels_ = nullptr;
-  Buffer data_, bias_, scale_, sums_;
+  bool can_code_ = false;  // as far as is known
+  Buffer data_, bias_, scale_, sums_, exceptions_, exception_counts_;
 };
 
 // A table whose rows are looked up, in float32 or bf16.

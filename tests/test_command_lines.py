@@ -242,6 +242,10 @@ def test_bytes_of_a_step() -> None:
     assert step_bytes(config, "float32", 1, 0) == weights
     assert step_bytes(config, "float32", 2, 100) == weights + 2 * 100 * 12 * 2 * 768 * 4
     assert step_bytes(config, "float32", 1, 0, screen_head=True) == weights - 3 * 50257 * 768
+    cached = 2 * 100 * 12 * 2 * 768 * 2
+    assert step_bytes(config, "bfloat16", 2, 100, coded=True) == weights * 3 // 8 + cached
+    screened = step_bytes(config, "bfloat16", 2, 100, screen_head=True, coded=True)
+    assert screened == weights * 3 // 8 + cached - 50257 * 768 // 2
     assert [preset_config(name).num_parameters // 10**6 for name in PRESETS] == [124, 354, 774, 1557]
 
 

@@ -249,3 +249,67 @@ def test_the_register_test_can_fail() -> None:
     assert VECTOR_TO_STACK.search("  72c00: vmovaps %ymm7,0x180(%rsp)")
     assert not VECTOR_TO_STACK.search("  72bdd: vmovdqa %xmm7,0x180(%rsp)")
     assert not VECTOR_TO_STACK.search("  72fa0: vpbroadcastq 0x170(%rsp),%ymm3")
+
+
+def bf16_of(bits: np.ndarray) -> np.ndarray:
+    """Floats of bf16's bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def coded_weights(seed: int, n: int, k: int) -> np.ndarray:
+    """Normally distributed, and some of every exponent that is rare: few enough for twelve bits each."""
+    generator = np.random.default_rng(seed)
+    w = as_bf16(generator.normal(0, 0.02, (n, k)).astype(np.float32))
+    for panel in range(0, n, 48):
+        for _ in range(6):
+            lane, column = panel + generator.integers(min(48, n - panel)), generator.integers(k)
+            w[lane, column] = bf16_of(generator.integers(1, 200, 1) << 7 | generator.integers(128, size=1))[0]
+    return w
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_weights_are_kept(isa: str) -> None:
+    """Read back with unit vectors, by one tile and by many: all that are not denormal, whatever their exponents."""
+    for k in (8, 40, 72, 400, 777):
+        for wild in (False, True):  # exponents of every size: too many for codes
+            w = coded_weights(k, 101, k)
+            w[0, 0], w[50, k - 1], w[100, k // 2], w[3, 3] = 0.0, -0.0, 2.0**100, -(2.0**-100)
+            if wild:
+                bits = np.random.default_rng(k).integers(0, 2**16, (101, k))
+                w = bf16_of(np.where(bits >> 7 & 255 == 255, bits & 0xBFFF, bits))
+            w[np.abs(w) < 2.0**-126] = 0
+            for rows in (1, 8, 40):
+                for first in range(0, k, max(rows, k // 7)):
+                    x = np.eye(rows, k, first, dtype=np.float32)
+                    found = linear(x, w, "bfloat16", isa)
+                    wanted = np.zeros((rows, 101), np.float32)
+                    count = min(rows, k - first)
+                    wanted[:count] = w.T[first : first + count]
+                    assert np.array_equal(found, wanted), (k, wild, rows, first)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_coding_changes_no_bits(isa: str) -> None:
+    """The same outputs in a matrix with others that cannot be coded, which takes two bytes a weight."""
+    n, k = 149, 900
+    w = coded_weights(5, n, k)
+    wild = bf16_of(np.random.default_rng(6).integers(1 << 7, 250 << 7, (48, k)))
+    x = uniform(7, 40, k)
+    for rows in (1, 2, 5, 8, 9, 16, 40):
+        coded = linear(x[:rows], w, "bfloat16", isa)
+        plain = linear(x[:rows], np.concatenate([w, wild]), "bfloat16", isa)
+        assert np.array_equal(coded, plain[:, :n]), rows
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bfloat16_weight_that_is_no_number(value: float, isa: str) -> None:
+    """Its output is none, in every row that has something for it, and the others are what they were."""
+    w, x = coded_weights(9, 60, 64), uniform(8, 12, 64)
+    usual = linear(x, w, "bfloat16", isa)
+    w[33, 9] = value
+    for rows in (1, 12):
+        found = linear(x[:rows], w, "bfloat16", isa)
+        assert not np.isfinite(found[:, 33]).any()
+        others = np.arange(60) != 33
+        assert np.array_equal(found[:, others], usual[:rows, others])

@@ -278,6 +278,39 @@ def test_update_weights_in_place() -> None:
         assert torch.equal(logits_of(backend, [(0, 0, ids)]), logits_of(make(config, dtype, seed=9), [(0, 0, ids)]))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("wild", [False, True])
+def test_bfloat16_weights_with_rare_exponents(wild: bool, tied: bool) -> None:
+    """A few, and so many that the matrices are not coded: the logits are those of the module with the same weights, and
+    of matrices that are coded again after an update, or for the first time, or no more."""
+    config = tiny_config(tied_head=tied)
+    weights = random_weights(config, scale=0.15)
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in weights.items():
+        if weight.dim() < 2 or name == "pos_emb" or (tied and name == "head"):
+            continue
+        if wild:  # of no consequence, but with any exponent
+            chosen = torch.rand(weight.shape, generator=generator) < 0.3
+            weight[chosen] = torch.exp2(-15 - 100 * torch.rand(weight.shape, generator=generator))[chosen]
+        weight[5, 3], weight[6, 0], weight[-1, -1] = 8.0, -5.0, 1e-12
+    if tied:
+        weights["head"] = weights["tok_emb"]
+    rounded = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
+    ids = [5, 6, *ids_of(1, 20, config)]
+    with torch.no_grad():
+        wanted = to_reference(config, rounded)(torch.tensor([ids]))[0]
+    backend = NativeBackend(config, weights, dtype="bfloat16", device="cpu", block_size=BLOCK, threads=2)
+    backend.allocate(96)
+    assert backend.coded == (backend.isa == "avx512_bf16" and not wild)
+    found = logits_of(backend, [(0, 0, ids)])
+    assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
+    usual = random_weights(config, seed=3, scale=0.15)
+    for changed, same in ((usual, make(config, "bfloat16", seed=3)), (weights, backend)):
+        before = logits_of(same, [(0, 0, ids)])
+        backend.update_weights(changed)
+        assert torch.equal(logits_of(backend, [(0, 0, ids)]), before if changed is usual else found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_weights_of_any_dtype_and_stride(dtype: torch.dtype) -> None:
     """Half types and views of transposed storage are read as they are; the values are those of ``float()``."""
@@ -295,10 +328,13 @@ def test_weights_of_any_dtype_and_stride(dtype: torch.dtype) -> None:
 def test_capacity() -> None:
     config = tiny_config(embed_dim=128, n_heads=2, hidden_dim=256)
     sizes = {}
-    items = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5, "int4-g64": 0.5, "int4-g128": 0.5}
+    items = {"float32": 4, "bfloat16": 1.5, "int8": 1, "int4": 0.5, "int4-g64": 0.5, "int4-g128": 0.5}
     for dtype, item in items.items():
         backend = NativeBackend(config, random_weights(config), dtype=dtype, device="cpu", block_size=16)
         sizes[dtype] = backend.capacity()
+        assert backend.coded == (dtype == "bfloat16" and backend.isa == "avx512_bf16")
+        if dtype == "bfloat16":
+            assert backend.coded == (sizes[dtype].weight_bytes < 1.8 * config.num_parameters)
         assert sizes[dtype].weight_bytes >= item * config.num_parameters
         assert sizes[dtype].free_bytes > 0
         assert sizes[dtype].bytes_per_block == 2 * config.n_layers * 16 * config.embed_dim * max(2, item)

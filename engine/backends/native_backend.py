@@ -142,6 +142,12 @@ class NativeBackend(Backend):
         self.update_weights(weights)
 
     @property
+    def coded(self) -> bool:
+        """Whether the matrices are bfloat16 in twelve bits a weight: the same values, and a quarter less to read."""
+        coded: bool = self._model.coded
+        return coded
+
+    @property
     def isa(self) -> str:
         """The instruction set that runs."""
         name: str = self._model.isa

@@ -96,7 +96,12 @@ def measure_batch(llm: LLM, prompts: Sequence[Sequence[int]], steps: int, repeat
         tpot=statistics.median(gaps),
         tpot_p90=gaps[int(0.9 * (len(gaps) - 1))],
         bytes_per_step=step_bytes(
-            llm.model_config, llm.dtype, len(prompts), mean_context, llm.engine_config.screen_head
+            llm.model_config,
+            llm.dtype,
+            len(prompts),
+            mean_context,
+            screen_head=llm.engine_config.screen_head,
+            coded=getattr(llm.backend, "coded", False),
         ),
     )
 
@@ -150,17 +155,25 @@ ITEM_BYTES = {
 """Bytes a weight; int4 has a multiplier of 8 bits for every 32, 64 or 128."""
 
 
-def step_bytes(model: ModelConfig, dtype: str, batch: int, context: int, screen_head: bool = False) -> int:
+CODED_BYTES = 1.5
+"""Of a bfloat16 weight in a matrix that the native backend has coded."""
+
+
+def step_bytes(
+    model: ModelConfig, dtype: str, batch: int, context: int, *, screen_head: bool = False, coded: bool = False
+) -> int:
     """Bytes that a decode step cannot help reading: every weight but the embeddings' other rows, and K and V.
 
-    With ``screen_head`` the head is read in int8, and of itself only a few outputs.
+    With ``screen_head`` the head is read in int8, and of itself only a few outputs; ``coded`` weights take 12 bits.
     """
-    item = ITEM_BYTES[dtype]
+    item = CODED_BYTES if coded else ITEM_BYTES[dtype]
     saved = (item - ITEM_BYTES["int8"]) * model.vocab_size * model.embed_dim if screen_head else 0
     embeddings = (0 if model.tied_head else model.vocab_size) + model.context_length
     weights = model.num_parameters - embeddings * model.embed_dim
     cached = batch * context * 2 * model.n_layers * model.embed_dim
-    return int(item * weights - saved + max(item, 2.0) * cached)  # K and V of quantised models are bfloat16
+    return int(
+        item * weights - saved + max(ITEM_BYTES[dtype], 2.0) * cached
+    )  # K and V of quantised models are bfloat16
 
 
 def read_bandwidth(device: str, seconds: float = 1.0) -> float:
