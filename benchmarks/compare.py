@@ -138,7 +138,9 @@ def floor_seconds(
 ) -> float:
     """The least time of one step: every weight and cached value read once, or every product, whichever is more.
 
-    Of a prompt's rows but the last one, the last layer's products are those of K and V: nothing depends on others.
+    A weight counts as what its type takes, whatever an engine makes of it: two bytes in bfloat16, of which the native
+    backend reads one and a half. Of a prompt's rows but the last one, the last layer's products are those of K and V:
+    nothing depends on others.
     Rates are bytes and products of ``dtype`` a second; with ``screen_rate``, of int8 products, the head is in int8.
     """
     width, hidden = config.embed_dim, config.hidden_dim

@@ -54,13 +54,13 @@ struct Span {
 // the order Kernels::s8_order), or eight nibbles (k 0..3 in the low, 4..7 in the high halves of the bytes, value + 8).
 // s4 has, before every group of k, one signed byte per output, padded to Kernels::multiplier_bytes: the group's weights
 // are (nibble - 8) times it, which are s8, times the output's scale. Outputs past n and values past k are 0.
-// A `coded` matrix has bf16 in twelve bits (coded.inc).
+// A `coded` matrix of bf16 has twelve bits a weight, laid out otherwise (coded.inc).
 struct Matrix {
   Storage storage;
   bool coded;
   int64_t n, k;
   int64_t num_panels;
-  int64_t steps;  // of a panel, padded to Kernels::step_multiple; for s4 one step is one group
+  int64_t steps;  // of a panel, padded to Kernels::step_multiple, coded to whole groups; for s4 one step is one group
   int64_t panel_bytes;
   const uint8_t* data;
   const float* bias;     // [num_panels * panel], or null

@@ -111,6 +111,7 @@ void Model::update(const std::vector<Tensor>& tensors) {
            std::to_string(expected[i].columns) + "]");
   }
   Busy busy(busy_);
+  loaded_ = false;  // until all are there: a matrix that can be coded no more needs memory
   const Tensor* next = tensors.data();
   const auto norm = [&](Norm& out) {
     fill_vector(*next++, out.weight);

@@ -1,6 +1,7 @@
 #include "packing.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <vector>
@@ -46,7 +47,7 @@ Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
   view_.num_panels = ceil_div(n, panel_);
   view_.steps = ceil_div(k, group ? group : k_per_lane(storage));
   if (storage == Storage::bf16 || storage == Storage::s8) view_.steps = round_up(view_.steps, kernels.step_multiple);
-  // Of a step: lanes of 32 bits, or multipliers and lanes of eight nibbles.
+  // Of a step: lanes of 32 bits, or multipliers and lanes of eight nibbles. (make_room says what coded panels have.)
   view_.panel_bytes = view_.steps * (group ? kernels.multiplier_bytes + panel_ * group / 2 : panel_ * 4);
   const int64_t outputs = view_.num_panels * panel_;
   can_code_ = storage == Storage::bf16 && kernels.code_panel && kernels.coded_panel_bytes(k) < view_.panel_bytes;
@@ -59,23 +60,26 @@ Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
   }
 }
 
-// For the panels, as they are or coded.
+// Makes room for the panels, coded or as they are. If it throws nothing has changed.
 void Packed::make_room(bool coded) {
-  data_ = Buffer(), exceptions_ = Buffer(), exception_counts_ = Buffer();  // the old ones go before the new ones come
-  view_.coded = coded;
-  if (view_.storage == Storage::bf16) {
-    view_.steps = coded ? ceil_div(view_.k, kCodedGroup) * kCodedGroup / 2
-                        : round_up(ceil_div(view_.k, 2), kernels_->step_multiple);
-    view_.panel_bytes = coded ? kernels_->coded_panel_bytes(view_.k) : view_.steps * panel_ * 4;
+  Matrix next = view_;
+  next.coded = coded;
+  if (next.storage == Storage::bf16) {
+    next.steps = coded ? ceil_div(next.k, kCodedGroup) * kCodedGroup / 2
+                       : round_up(ceil_div(next.k, 2), kernels_->step_multiple);
+    next.panel_bytes = coded ? kernels_->coded_panel_bytes(next.k) : next.steps * panel_ * 4;
   }
-  data_ = Buffer(view_.num_panels * view_.panel_bytes);
-  view_.data = data_.data();
-  if (!coded) return;
-  view_.most_exceptions = most_exceptions(view_.k * panel_);
-  exceptions_ = Buffer(view_.num_panels * view_.most_exceptions * static_cast<int64_t>(sizeof(Exception)));
-  exception_counts_ = Buffer(view_.num_panels * 4);
-  view_.exceptions = reinterpret_cast<const Exception*>(exceptions_.data());
-  view_.exception_counts = reinterpret_cast<const int32_t*>(exception_counts_.data());
+  Buffer data(next.num_panels * next.panel_bytes), counts, exceptions;
+  next.data = data.data();
+  if (coded) {
+    next.most_exceptions = most_exceptions(next.k * panel_);
+    counts = Buffer(next.num_panels * 4);
+    exceptions = Buffer(next.num_panels * next.most_exceptions * static_cast<int64_t>(sizeof(Exception)));
+    next.exception_counts = reinterpret_cast<const int32_t*>(counts.data());
+    next.exceptions = reinterpret_cast<const Exception*>(exceptions.data());
+  }
+  data_ = std::move(data), exception_counts_ = std::move(counts), exceptions_ = std::move(exceptions);
+  view_ = next;
 }
 
 // Whether the panels could be coded, and now are.
@@ -85,24 +89,27 @@ bool Packed::code(const Tensor& weight, Pool& pool) {
   std::vector<float> rows(static_cast<size_t>(view_.k * pool.size()));
   auto* exceptions = reinterpret_cast<Exception*>(exceptions_.data());
   auto* counts = reinterpret_cast<int32_t*>(exception_counts_.data());
+  std::atomic<bool> failed{false};
   pool.run([&](Team& team, int thread) {
     uint16_t* own = weights.data() + thread * panel_ * stride;
     float* row = rows.data() + thread * view_.k;
     team.for_each(view_.num_panels, 1, [&](int64_t panel, int64_t) {
       for (int64_t lane = 0; lane < panel_; ++lane) {
-        uint16_t* out = own + lane * stride;
+        uint16_t* rounded = own + lane * stride;
         const int64_t output = panel * panel_ + lane, columns = output < view_.n ? view_.k : 0;
         if (columns) read_row(weight, output, row);
-        for (int64_t k = 0; k < columns; ++k) out[k] = float_to_bf16(row[k]);
-        std::fill(out + columns, out + stride, uint16_t{0});
+        for (int64_t k = 0; k < columns; ++k) rounded[k] = float_to_bf16(row[k]);
+        std::fill(rounded + columns, rounded + stride, uint16_t{0});
       }
       Exception* first = exceptions + panel * view_.most_exceptions;
       uint8_t* out = data_.data() + panel * view_.panel_bytes;
-      const int32_t count = counts[panel] = kernels_->code_panel(own, stride, view_.most_exceptions, out, first);
-      std::sort(first, first + std::max(count, 0), [](const Exception& a, const Exception& b) { return a.k < b.k; });
+      const int32_t count = kernels_->code_panel(own, stride, view_.most_exceptions, out, first);
+      if (count < 0) failed = true;
+      counts[panel] = std::max(count, 0);
+      std::sort(first, first + counts[panel], [](const Exception& a, const Exception& b) { return a.k < b.k; });
     });
   });
-  return *std::min_element(counts, counts + view_.num_panels) >= 0;
+  return !failed;
 }
 
 void Packed::fill(const Tensor& weight, const Tensor* bias, Pool& pool) {
@@ -112,9 +119,9 @@ void Packed::fill(const Tensor& weight, const Tensor* bias, Pool& pool) {
     view_.bias = bias_.floats();
   }
   if (can_code_) {
-    can_code_ = code(weight, pool);
-    if (can_code_) return;
+    if (code(weight, pool)) return;
     make_room(false);
+    can_code_ = false;
   }
   const int64_t width = round_up(std::max(view_.k, view_.steps * k_per_lane(view_.storage)), kMaxGroup);
   const int64_t room = width + width / 4;  // a row of floats, then what it is quantised to

@@ -50,7 +50,7 @@ class Packed {
   Matrix view_{};
   int64_t panel_ = 0;
   const Kernels* kernels_ = nullptr;
-  bool can_code_ = false;  // as far as is known
+  bool can_code_ = false;  // never again once it could not be: it would take and give back memory at every update
   Buffer data_, bias_, scale_, sums_, exceptions_, exception_counts_;
 };
 

@@ -213,6 +213,41 @@ assert threads() <= before, (threads(), before)
     assert "of 2000 could not be started: " in run_in_process(code)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory")
+def test_an_update_for_which_memory_is_short() -> None:
+    """Weights that cannot be coded take more (csrc/coded.inc): the model has none then, until it gets some."""
+    code = """
+import resource, torch
+from models import random_weights, tiny_config
+from native_steps import BLOCK, ids_of, logits_of
+from engine.backends.native_backend import NativeBackend
+config = tiny_config(embed_dim=1024, n_heads=16, hidden_dim=4096, vocab_size=20000, n_layers=1)
+usual = random_weights(config, scale=0.1)
+wild = {name: torch.exp2(-100 * torch.rand(tensor.shape)) for name, tensor in usual.items()}
+backend = NativeBackend(config, usual, dtype="bfloat16", device="cpu", block_size=BLOCK, threads=1)
+backend.allocate(8)
+step = lambda: logits_of(backend, [(0, 0, ids_of(1, 5, config))])
+before = step()
+with open("/proc/self/status") as file:
+    used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20), -1))
+try:
+    backend.update_weights(wild)
+    print("enough")
+except MemoryError:
+    try:
+        step()
+    except ValueError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+backend.update_weights(usual)
+print(torch.equal(step(), before))
+"""
+    coded = make(tiny_config(), "bfloat16").coded
+    wanted = "the model has no weights yet" if coded else "enough"
+    assert run_in_process(code) == wanted + "\nTrue\n"
+
+
 def test_wrong_weights_are_refused() -> None:
     weights = random_weights(CONFIG)
     backend = make(CONFIG)

@@ -143,7 +143,11 @@ class NativeBackend(Backend):
 
     @property
     def coded(self) -> bool:
-        """Whether the matrices are bfloat16 in twelve bits a weight: the same values, and a quarter less to read."""
+        """Whether all matrices are bfloat16 in twelve bits a weight: the same values, and a quarter less to read.
+
+        One with weights of very many magnitudes takes sixteen bits, and from an ``update_weights`` that brings such on
+        it does so for good: ``capacity`` grows then.
+        """
         coded: bool = self._model.coded
         return coded
 

@@ -171,9 +171,8 @@ def step_bytes(
     embeddings = (0 if model.tied_head else model.vocab_size) + model.context_length
     weights = model.num_parameters - embeddings * model.embed_dim
     cached = batch * context * 2 * model.n_layers * model.embed_dim
-    return int(
-        item * weights - saved + max(ITEM_BYTES[dtype], 2.0) * cached
-    )  # K and V of quantised models are bfloat16
+    kv_item = max(ITEM_BYTES[dtype], 2.0)  # K and V of quantised models are bfloat16
+    return int(item * weights - saved + kv_item * cached)
 
 
 def read_bandwidth(device: str, seconds: float = 1.0) -> float:
