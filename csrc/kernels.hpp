@@ -54,7 +54,7 @@ struct Span {
 // the order Kernels::s8_order), or eight nibbles (k 0..3 in the low, 4..7 in the high halves of the bytes, value + 8).
 // s4 has, before every group of k, one signed byte per output, padded to Kernels::multiplier_bytes: the group's weights
 // are (nibble - 8) times it, which are s8, times the output's scale. Outputs past n and values past k are 0.
-// A `coded` matrix of bf16 has twelve bits a weight, laid out otherwise (coded.inc).
+// A `coded` matrix of bf16 has twelve bits a weight, laid out otherwise (coding.inc).
 struct Matrix {
   Storage storage;
   bool coded;

@@ -67,7 +67,7 @@ class Model {
   void allocate(int64_t num_blocks);
   int64_t block_bytes() const;   // K and V of one block over all layers
   int64_t weight_bytes() const;
-  bool coded() const;  // every matrix (coded.inc)
+  bool coded() const;  // every matrix (coding.inc)
   const char* isa() const { return kernels_->name; }
   int threads() const { return pool_.size(); }
 

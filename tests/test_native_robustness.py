@@ -215,7 +215,7 @@ assert threads() <= before, (threads(), before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its memory")
 def test_an_update_for_which_memory_is_short() -> None:
-    """Weights that cannot be coded take more (csrc/coded.inc): the model has none then, until it gets some."""
+    """Weights that cannot be coded take more (csrc/coding.inc): the model has none then, until it gets some."""
     code = """
 import resource, torch
 from models import random_weights, tiny_config

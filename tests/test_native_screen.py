@@ -55,7 +55,7 @@ def hard_weights(kind: str, config: ModelConfig = CONFIG) -> dict[str, torch.Ten
         head *= 1e-36
     elif kind == "huge":
         head *= 1e30
-    elif kind == "rare":  # a panel's exponents are few but for some weights, which decide what wins (csrc/coded.inc)
+    elif kind == "rare":  # a panel's exponents are few but for some weights, which decide what wins (csrc/coding.inc)
         for first in range(0, config.vocab_size - 48, 48):
             lanes, columns = torch.randperm(48, generator=generator)[:7], torch.randperm(72, generator=generator)[:7]
             head[first + lanes, columns] = torch.tensor([4.0, -4.5, 9.0, -8.5, 20.0, -17.0, 33.0])
