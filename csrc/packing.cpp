@@ -40,18 +40,12 @@ void read_row(const Tensor& tensor, int64_t row, float* out) {
 
 Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
     : panel_(kernels.panel), kernels_(&kernels) {
-  const int64_t group = group_of(storage);
   view_.storage = storage;
   view_.n = n;
   view_.k = k;
   view_.num_panels = ceil_div(n, panel_);
-  view_.steps = ceil_div(k, group ? group : k_per_lane(storage));
-  if (storage == Storage::bf16 || storage == Storage::s8) view_.steps = round_up(view_.steps, kernels.step_multiple);
-  // Of a step: lanes of 32 bits, or multipliers and lanes of eight nibbles. (make_room says what coded panels have.)
-  view_.panel_bytes = view_.steps * (group ? kernels.multiplier_bytes + panel_ * group / 2 : panel_ * 4);
   const int64_t outputs = view_.num_panels * panel_;
-  can_code_ = storage == Storage::bf16 && kernels.code_panel && kernels.coded_panel_bytes(k) < view_.panel_bytes;
-  make_room(can_code_);
+  make_room(storage == Storage::bf16 && kernels.code_panel && kernels.coded_panel_bytes(k) < laid_out(false).panel_bytes);
   if (quantised(storage)) {
     scale_ = Buffer(outputs * 4);
     sums_ = Buffer(outputs * 4);
@@ -60,15 +54,26 @@ Packed::Packed(Storage storage, int64_t n, int64_t k, const Kernels& kernels)
   }
 }
 
-// Makes room for the panels, coded or as they are. If it throws nothing has changed.
-void Packed::make_room(bool coded) {
-  Matrix next = view_;
-  next.coded = coded;
-  if (next.storage == Storage::bf16) {
-    next.steps = coded ? ceil_div(next.k, kCodedGroup) * kCodedGroup / 2
-                       : round_up(ceil_div(next.k, 2), kernels_->step_multiple);
-    next.panel_bytes = coded ? kernels_->coded_panel_bytes(next.k) : next.steps * panel_ * 4;
+// The matrix with the steps and bytes of panels, coded or as they are.
+Matrix Packed::laid_out(bool coded) const {
+  Matrix m = view_;
+  m.coded = coded;
+  if (coded) {
+    m.steps = ceil_div(m.k, kCodedGroup) * kCodedGroup / 2;
+    m.panel_bytes = kernels_->coded_panel_bytes(m.k);
+    return m;
   }
+  const int64_t group = group_of(m.storage);
+  m.steps = ceil_div(m.k, group ? group : k_per_lane(m.storage));
+  if (m.storage == Storage::bf16 || m.storage == Storage::s8) m.steps = round_up(m.steps, kernels_->step_multiple);
+  // Of a step: lanes of 32 bits, or multipliers and lanes of eight nibbles.
+  m.panel_bytes = m.steps * (group ? kernels_->multiplier_bytes + panel_ * group / 2 : panel_ * 4);
+  return m;
+}
+
+// Makes room for the panels. If it throws nothing has changed.
+void Packed::make_room(bool coded) {
+  Matrix next = laid_out(coded);
   Buffer data(next.num_panels * next.panel_bytes), counts, exceptions;
   next.data = data.data();
   if (coded) {
@@ -118,10 +123,9 @@ void Packed::fill(const Tensor& weight, const Tensor* bias, Pool& pool) {
     read_row(*bias, 0, bias_.floats());
     view_.bias = bias_.floats();
   }
-  if (can_code_) {
+  if (view_.coded) {
     if (code(weight, pool)) return;
-    make_room(false);
-    can_code_ = false;
+    make_room(false);  // for good: else it would take and give back memory at every update
   }
   const int64_t width = round_up(std::max(view_.k, view_.steps * k_per_lane(view_.storage)), kMaxGroup);
   const int64_t room = width + width / 4;  // a row of floats, then what it is quantised to

@@ -41,6 +41,7 @@ class Packed {
   }
 
  private:
+  Matrix laid_out(bool coded) const;
   void make_room(bool coded);
   bool code(const Tensor& weight, Pool& pool);
   void fill_panel(const Tensor& weight, int64_t panel, float* row, uint32_t* words);
@@ -50,7 +51,6 @@ class Packed {
   Matrix view_{};
   int64_t panel_ = 0;
   const Kernels* kernels_ = nullptr;
-  bool can_code_ = false;  // never again once it could not be: it would take and give back memory at every update
   Buffer data_, bias_, scale_, sums_, exceptions_, exception_counts_;
 };
 
